@@ -1,0 +1,222 @@
+"""The one writer and the one reader of weights; nothing is ever left half written.
+
+A weights file is a dict that `torch.load(weights_only=True)` reads:
+
+    format    "pruned-resnet"
+    version   1
+    meta      what the file knows about itself: arch, num_classes, classes, image_size, budget,
+              parameters, and where it comes from (stage, recipe, seed, commit, val_accuracy)
+    values    float32: the non-zero conv and linear weights, in the order of the state dict
+    gaps      uint16: distance of each from the one before, over all these weights laid end to end,
+              65535 standing for "65535 further, no value here"; None if `values` holds every weight
+    others    float32: all other floating-point tensors, end to end (BatchNorm, biases)
+    integers  int64: BatchNorm's batch counters
+
+Shapes are not stored: they follow from arch and num_classes.
+"""
+
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import models
+import prune
+
+FORMAT, VERSION = "pruned-resnet", 1
+STEP = 65535  # the longest gap, which holds no value
+
+
+class CheckpointError(Exception):
+    """A file that cannot be used; the message is one line for the user."""
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def write(path: Path, content: object) -> None:
+    """torch.save `content` (or write it, if str or bytes) so that `path` is either old or new."""
+    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if isinstance(content, str | bytes):
+                file.write(content.encode() if isinstance(content, str) else content)
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o666 & ~_umask())
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read(path: str | Path) -> object:
+    """What torch.save wrote to `path`; no code in it is run. Raises CheckpointError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:  # fmt: skip
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        elif "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = "it holds Python objects that are not tensors and plain data; nothing was run"
+        else:
+            reason = "it is empty, truncated or not a file of torch.save"
+        raise CheckpointError(f"{path}: cannot be loaded, {reason}") from None
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def save(path: Path, model: nn.Module, meta: dict) -> None:
+    """Write the weights of `model` in the format above; `meta` needs arch and num_classes.
+
+    Zero weights are left out (if that pays), and a pruned -0.0 comes back as 0.0.
+    """
+    prunable = prune.weights(model).keys()
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    flat = torch.cat([state[name].flatten() for name in prunable])
+    positions = flat.nonzero().squeeze(1)
+    gaps = None
+    if len(positions) < len(flat) / 2:
+        flat = flat[positions]
+        steps = positions.diff(prepend=torch.tensor([-1]))
+        gaps = torch.full((int((steps // STEP + 1).sum()),), STEP)
+        gaps[(steps // STEP + 1).cumsum(0) - 1] = steps % STEP
+        gaps = gaps.to(torch.uint16)
+    others = [t.flatten() for n, t in state.items() if n not in prunable and t.is_floating_point()]
+    integers = [t.flatten() for t in state.values() if not t.is_floating_point()]
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "meta": {**meta, "parameters": prune.count(model)},
+        "values": flat,
+        "gaps": gaps,
+        "others": torch.cat(others),
+        "integers": torch.cat(integers),
+    }
+    write(path, content)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
+    """`(model, meta)`: a plain torchvision ResNet in eval mode, and what the file says of itself.
+
+    Takes files of `save`, plain state dicts, and those with `torch.nn.utils.prune` masks
+    (`weight_orig`, `weight_mask`), also inside "model_state_dict" or "state_dict" and with a prefix
+    such as `resnet50.` on all keys. For these, meta holds what the weights show. Raises
+    CheckpointError.
+    """
+    content = read(path)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        model, meta = _unpack(path, content)
+    else:
+        model, meta = _from_state_dict(path, content)
+    if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
+        raise CheckpointError(f"{path}: has weights that are not finite")
+    parameters = prune.count(model)
+    if parameters != meta.setdefault("parameters", parameters):
+        raise CheckpointError(f"{path}: says {meta['parameters']} parameters, but has {parameters}")
+    if parameters > meta.get("budget", parameters):
+        raise CheckpointError(f"{path}: has {parameters} parameters, over its {meta['budget']}")
+    return model.to(device).eval(), meta
+
+
+def _unpack(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
+    """The reverse of `save`."""
+    broken = CheckpointError(f"{path}: damaged, its parts do not fit together")
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: format version {content.get('version')}, this program reads {VERSION}"
+        )
+    meta = content.get("meta")
+    if not isinstance(meta, dict) or not isinstance(meta.get("num_classes"), int):
+        raise broken
+    if not isinstance(meta.get("budget", 0), int) or not 0 < meta["num_classes"] <= 10**6:
+        raise broken
+    if meta.get("arch") not in models.ARCHITECTURES:
+        raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")
+    model = models.build(meta["arch"], meta["num_classes"])
+    state, prunable = model.state_dict(), prune.weights(model).keys()
+    values, gaps, others, integers = (
+        content.get(k) for k in ("values", "gaps", "others", "integers")
+    )
+    wanted = [(values, torch.float32), (others, torch.float32), (integers, torch.int64)]
+    if gaps is not None:
+        wanted.append((gaps, torch.uint16))
+    if not all(isinstance(t, Tensor) and t.dtype == d and t.dim() == 1 for t, d in wanted):
+        raise broken
+    flat = torch.zeros(sum(state[name].numel() for name in prunable))
+    if gaps is None:
+        positions = torch.arange(len(flat))
+    else:
+        positions = gaps.long().cumsum(0)[gaps.long() != STEP] - 1
+        if len(positions) and not (0 <= positions[0] and positions[-1] < len(flat)):
+            raise broken
+        if (positions.diff() <= 0).any():
+            raise broken
+    if len(positions) != len(values):
+        raise broken
+    flat[positions] = values
+    for names, source in (
+        (prunable, flat),
+        ([n for n, t in state.items() if n not in prunable and t.is_floating_point()], others),
+        ([n for n, t in state.items() if not t.is_floating_point()], integers),
+    ):
+        sizes = [state[name].numel() for name in names]
+        if sum(sizes) != len(source):
+            raise broken
+        for name, part in zip(names, source.split(sizes), strict=True):
+            state[name].copy_(part.view_as(state[name]))
+    return model, meta
+
+
+def _from_state_dict(path: str | Path, content: object) -> tuple[nn.Module, dict]:
+    """A model from anybody's state dict."""
+    for key in ("model_state_dict", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
+    ):
+        raise CheckpointError(f"{path}: holds no state dict")
+    marker = [name for name in content if re.search(r"(^|\.)conv1\.weight(_orig)?$", name)]
+    prefix = min(marker, key=len).rpartition("conv1.")[0] if marker else ""
+    state = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    for name in [name for name in state if name.endswith("_orig")]:
+        mask = state.pop(f"{name[:-5]}_mask", None)
+        if mask is None or mask.shape != state[name].shape:
+            raise CheckpointError(f"{path}: {name} has no mask that fits")
+        state[name[:-5]] = state.pop(name) * mask
+    arch = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18"
+    fc = state.get("fc.weight")
+    if fc is None or fc.dim() != 2 or not 0 < len(fc) <= 10**6:
+        raise CheckpointError(
+            f"{path}: not the weights of a torchvision ResNet, fc.weight is missing"
+        )
+    model = models.build(arch, len(fc))
+    own = model.state_dict()
+    for name in own:
+        if name not in state:
+            raise CheckpointError(f"{path}: not a {arch}, {name} is missing")
+        if state[name].shape != own[name].shape:
+            shapes = f"{tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+            raise CheckpointError(f"{path}: not a torchvision {arch}, {name} is {shapes}")
+    if extra := sorted(state.keys() - own.keys()):
+        raise CheckpointError(f"{path}: not a torchvision {arch}, it also has {extra[0]}")
+    model.load_state_dict(state)
+    return model, {"arch": arch, "num_classes": len(fc)}

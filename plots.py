@@ -1,0 +1,45 @@
+"""Pictures of a run; matplotlib stays in this file."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+
+def curves(metrics: Path, picture: Path) -> None:
+    """Accuracy, parameters and learning rate over all epochs of `metrics` (metrics.csv), as PNG."""
+    rows = pd.read_csv(metrics)
+    epochs = range(1, len(rows) + 1)
+    starts = rows.groupby(["stage", "round"], sort=False).head(1).index + 1
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(9, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    top.plot(epochs, 100 * rows.train_accuracy, color="tab:gray", label="train (augmented, mixed)")
+    top.plot(epochs, 100 * rows.val_accuracy, color="tab:blue", label="validation")
+    top.plot(
+        epochs, 100 * rows.val_accuracy_average, color="tab:orange", label="validation, averaged"
+    )
+    seen = rows[["train_accuracy", "val_accuracy", "val_accuracy_average"]].stack()
+    top.set_ylim(100 * max(0, seen.quantile(0.1) - 0.03), 100 * min(1, seen.max() + 0.02))
+    top.set_ylabel("accuracy, %")
+    top.legend(loc="lower right")
+    bottom.semilogy(epochs, rows.parameters, color="tab:green", drawstyle="steps-mid")
+    bottom.set_ylabel("parameters")
+    bottom.set_xlabel("epoch")
+    last = rows.parameters.iloc[-1]
+    bottom.annotate(f"{last:,}", (len(rows), last), (0, 8), textcoords="offset points", ha="right")
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        for start in starts:
+            axes.axvline(start - 0.5, color="black", alpha=0.3, linestyle=":")
+    for start in starts:
+        row = rows.iloc[start - 1]
+        rounds = rows[rows.stage == row.stage]["round"].nunique()
+        label = row.stage if rounds == 1 else f"{row.stage} {row['round']}"
+        top.annotate(label, (start - 0.4, 1), (0, -12), xycoords=("data", "axes fraction"),
+                     textcoords="offset points", fontsize=9)  # fmt: skip
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

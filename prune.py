@@ -1,0 +1,184 @@
+"""The parameter budget: what counts, what can matter, and masks that hit the number exactly.
+
+Counted is what torchinfo prints as "Total params" while `torch.nn.utils.prune` masks are on the
+model: the weights of convolutions and linear layers that were kept, and every other parameter
+(BatchNorm weights and biases, linear biases). Buffers such as running statistics do not count.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+FLOOR = 64  # weights that every layer keeps (or all that can matter there, if fewer)
+
+Masks = dict[str, Tensor]  # bool, by the names and in the shapes of `weights`
+
+
+class BudgetError(ValueError):
+    """The budget cannot be met; the message is one line for the user."""
+
+
+def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What can be pruned, by name: the weights of all convolutions and linear layers."""
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
+def count(model: nn.Module) -> int:
+    """THE parameter count: non-zero prunable weights plus every other parameter."""
+    kept = sum(int(weight.count_nonzero()) for weight in weights(model).values())
+    return kept + count_fixed(model)
+
+
+def count_fixed(model: nn.Module) -> int:
+    """Parameters that are never pruned: 9,610 in a ResNet18 with 10 classes."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total - sum(weight.numel() for weight in weights(model).values())
+
+
+def fold_equal_channels_(model: nn.Module) -> None:
+    """Move the first convolution's weights into its first input channel; the others become zero.
+
+    Grey images enter as equal channels, so no output changes (up to rounding), and two thirds of
+    the weights are freed.
+    """
+    first = next(weight for weight in weights(model).values() if weight.dim() == 4)
+    with torch.no_grad():
+        first[:, 0] = first.sum(1)
+        first[:, 1:] = 0
+
+
+def path_gradients(model: nn.Module, values: dict[str, Tensor], image_size: int, grey: bool):
+    """How strongly each weight lies on paths from an input pixel to a logit; 0 means on none.
+
+    The network is run with the non-negative `values` for its weights (by name), BatchNorm left
+    out and means for maxima, on an image of ones: no term can cancel, so the gradient of the
+    summed logits at a weight is positive exactly if all other links of some path through it are
+    (cf. SynFlow, arXiv 2006.05467). Returns float64 tensors by name, on the CPU.
+    """
+    paths = copy.deepcopy(model).cpu().double().eval()  # path counts overflow fp32
+    for name, module in list(paths.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, nn.BatchNorm2d):
+            setattr(paths.get_submodule(parent), child, nn.Identity())
+        elif isinstance(module, nn.MaxPool2d):
+            average = nn.AvgPool2d(module.kernel_size, module.stride, module.padding)
+            setattr(paths.get_submodule(parent), child, average)
+    parameters = weights(paths)
+    with torch.no_grad():
+        for name, weight in parameters.items():
+            weight.copy_(values[name])
+    image = torch.ones(1, 3, image_size, image_size, dtype=torch.double)
+    if grey:
+        image[:, 1:] = 0  # see `fold_equal_channels_`
+    gradients = torch.autograd.grad(paths(image).sum(), list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))
+
+
+def useful(model: nn.Module, masks: Masks, image_size: int, grey: bool) -> Masks:
+    """The masked weights that can matter: those on a path of masked weights from input to logit.
+
+    Left out are kernel taps that only ever meet padding, input channels that grey images leave
+    empty, filters whose output nobody reads, and weights that read channels with no input.
+    """
+    gradients = path_gradients(model, masks, image_size, grey)
+    return {name: mask & (gradients[name] > 0).to(mask.device) for name, mask in masks.items()}
+
+
+def all_useful(model: nn.Module, image_size: int, grey: bool) -> Masks:
+    """Masks of all weights that can matter in the dense network; where pruning starts."""
+    dense = {name: torch.ones_like(weight, dtype=bool) for name, weight in weights(model).items()}
+    return useful(model, dense, image_size, grey)
+
+
+def budget_range(model: nn.Module, image_size: int, grey: bool) -> tuple[int, int]:
+    """Smallest and largest budget that `choose` can meet for this architecture."""
+    sizes = [int(mask.sum()) for mask in all_useful(model, image_size, grey).values()]
+    fixed = count_fixed(model)
+    return fixed + sum(min(FLOOR, size) for size in sizes), fixed + sum(sizes)
+
+
+def choose(model: nn.Module, masks: Masks, budget: int, image_size: int, grey: bool) -> Masks:
+    """Masks, within `masks`, that leave exactly `budget` parameters, all of them useful.
+
+    Kept are the `FLOOR` weights of each layer on its strongest paths, then the largest magnitudes
+    over all layers. Such a choice can leave weights on no path; those make room for the largest
+    of the weights that a path lacks only itself. Raises BudgetError if that cannot be done.
+    """
+    keep = budget - count_fixed(model)
+    magnitudes = {name: weight.detach().abs() for name, weight in weights(model).items()}
+    strengths = path_gradients(
+        model, {name: magnitudes[name] * masks[name] for name in masks}, image_size, grey
+    )
+    floors = {
+        name: _largest(magnitudes[name] * strengths[name].to(mask.device), mask, FLOOR)
+        for name, mask in masks.items()
+    }
+    chosen = _fill(magnitudes, floors, masks, keep)
+    while True:
+        kept = useful(model, chosen, image_size, grey)
+        if all(torch.equal(kept[name], chosen[name]) for name in chosen):
+            return chosen
+        gradients = path_gradients(model, kept, image_size, grey)
+        addable = {
+            name: mask & (gradients[name] > 0).to(mask.device) for name, mask in masks.items()
+        }
+        for name, mask in kept.items():
+            missing = FLOOR - int(mask.sum())
+            if missing > 0:
+                kept[name] = mask | _largest(magnitudes[name], addable[name] & ~mask, missing)
+        chosen = _fill(magnitudes, kept, addable, keep)
+
+
+def _largest(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
+    """Mask of the `n` highest-scoring candidates, or of all if they are fewer. `scores` >= 0."""
+    scores = scores.masked_fill(~candidates, -1).flatten()
+    chosen = torch.zeros_like(scores, dtype=bool)
+    n = min(n, int(candidates.sum()))
+    chosen[scores.topk(n).indices] = True  # indices, not a threshold: ties cannot miscount
+    return chosen.view_as(candidates)
+
+
+def _fill(scores: dict[str, Tensor], kept: Masks, candidates: Masks, keep: int) -> Masks:
+    """`kept` and, over all tensors, the highest-scoring candidates that make it `keep` weights."""
+    scores = torch.cat([scores[name].flatten() for name in kept])
+    flat_kept = torch.cat([mask.flatten() for mask in kept.values()])
+    flat_candidates = torch.cat([candidates[name].flatten() for name in kept]) & ~flat_kept
+    missing = keep - int(flat_kept.sum())
+    if not 0 <= missing <= int(flat_candidates.sum()):
+        most = int((flat_kept | flat_candidates).sum())
+        raise BudgetError(f"{keep} weights to keep, but only {keep - missing} to {most} can be")
+    chosen = flat_kept | _largest(scores, flat_candidates, missing)
+    parts = chosen.split([mask.numel() for mask in kept.values()])
+    return {n: part.view_as(mask) for (n, mask), part in zip(kept.items(), parts, strict=True)}
+
+
+def apply_(model: nn.Module, masks: Masks) -> None:
+    """Set what is pruned to zero, and kept weights that are exactly zero to something tiny.
+
+    A kept weight of 0.0 would be missing in `count` and in the file; 1e-12 changes no output.
+    """
+    with torch.no_grad():
+        for name, weight in weights(model).items():
+            weight.masked_fill_(masks[name] & (weight == 0), 1e-12)
+            weight.masked_fill_(~masks[name], 0)
+
+
+def ladder(start: int, budget: int, cuts: int) -> list[int]:
+    """`cuts` shrinking budgets from below `start` to exactly `budget`, each the same share off."""
+    return [round(start * (budget / start) ** (cut / cuts)) for cut in range(1, cuts + 1)]
+
+
+def masked(model: nn.Module) -> nn.Module:
+    """A copy with `torch.nn.utils.prune` masks on whatever is not zero, as torchinfo counts it."""
+    from torch.nn.utils import prune as torch_prune
+
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            torch_prune.custom_from_mask(module, "weight", module.weight != 0)
+    return model

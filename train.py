@@ -1,0 +1,772 @@
+"""Distil a ResNet50 into a ResNet18 on Fashion-MNIST, then prune it to exactly 100,000 parameters.
+
+    python train.py            # or: uv run train.py
+    python train.py --quick    # every stage on a part of the images, 5 minutes at most on 2 cores
+
+Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
+(ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
+on). All that a run leaves is in runs/<name>/; the same command goes on with a run that was stopped.
+Validation images, held out of the training set, choose the epoch; test is measured once, at the end.
+"""
+
+import argparse
+import copy
+import csv
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchinfo
+import torchvision
+from torch import Generator, Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torchmetrics.classification import MulticlassAccuracy
+from tqdm import tqdm
+
+import checkpoint
+import data
+import models
+import plots
+import prune
+
+# --- recipes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training of one network. The learning rate rises and falls to 0 once in each round."""
+
+    epochs: tuple[int, ...]  # of each round
+    optimizer: str  # "sgd": Nesterov momentum 0.9; "adamw"
+    learning_rate: float  # at the peak
+    weight_decay: float
+    kd_weight: float = 0.0  # of the distillation loss; the labels have the rest
+    temperature: float = 1.0
+    cuts: tuple[int, ...] = ()  # of each round, one before each of its first epochs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    teacher: Stage
+    student: Stage
+    pruned: Stage
+    images: int | None = None  # of the training set; None: all
+    batch_size: int = 256
+    crop_scale: tuple[float, float] = (0.75, 1.0)  # share of the image's area
+    flip: bool = True
+    mixup_alpha: float = 0.2
+
+
+RECIPES = {
+    # Long, for accuracy; needs a GPU.
+    "full": Recipe(
+        teacher=Stage((120,), "adamw", 2e-3, 0.05),
+        student=Stage((200,), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4),
+        pruned=Stage(
+            (60, 60, 60, 180), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4, cuts=(40, 40, 40, 40)
+        ),
+    ),
+    # About 90 minutes on two cores with bf16 matrix units.
+    "cpu": Recipe(
+        teacher=Stage((20,), "adamw", 2e-3, 0.05),
+        student=Stage((14,), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4),
+        pruned=Stage(
+            (14, 14, 28), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4, cuts=(10, 10, 8)
+        ),
+    ),
+    # All stages on a part of the images: a look at the whole chain, not at its accuracy.
+    "quick": Recipe(
+        teacher=Stage((2,), "adamw", 2e-3, 0.05),
+        student=Stage((3,), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4),
+        pruned=Stage((4, 6), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4, cuts=(4, 4)),
+        images=10_000,
+        batch_size=128,
+    ),
+}
+STAGES = ("teacher", "student", "pruned")
+WARMUP = 0.1  # share of a round's steps in which the learning rate rises
+CLIP = 1.0  # largest norm of the gradient
+AVERAGE_EVERY, AVERAGE_DECAY = 16, 0.9  # steps; the average of weights looks back about 160 steps
+REFRESH = 8  # batches from which BatchNorm statistics are taken anew after a cut
+RUNS = Path(__file__).resolve().parent / "runs"
+RESULTS = Path(__file__).resolve().parent / "results.csv"
+
+
+class UsageError(Exception):
+    """Something the user asked for cannot be done; the message is one line."""
+
+
+# --- one step -----------------------------------------------------------------------------------
+
+
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, kd_weight: float, temperature: float
+) -> Tensor:
+    """kd_weight * T^2 * KL(teacher || student at temperature T) + (1 - kd_weight) * cross-entropy.
+
+    Hinton et al., arXiv 1503.02531; the mean is over the batch. All (N, classes) float; `targets`
+    are probabilities.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(logits / temperature, 1),
+        F.log_softmax(teacher_logits / temperature, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    labels = F.cross_entropy(logits, targets)
+    return kd_weight * temperature**2 * divergence + (1 - kd_weight) * labels
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """A linear rise over the first tenth of a round's steps, then half a cosine down to 0."""
+    rise = min(1.0, (step + 1) / (WARMUP * steps))
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))
+
+
+class Images:
+    """The resident images of a run and the batches that training sees of them."""
+
+    def __init__(self, images_u8: Tensor, labels: Tensor, recipe: Recipe, classes: int):
+        self.images_u8, self.labels, self.recipe, self.classes = images_u8, labels, recipe, classes
+        self.steps = len(labels) // recipe.batch_size
+
+    def batches(self, generator: Generator) -> Iterable[tuple[Tensor, Tensor]]:
+        """One epoch of (images, targets): cropped, mixed, ready for the networks."""
+        recipe = self.recipe
+        for index in data.batches(len(self.labels), recipe.batch_size, generator):
+            images = data.random_resized_crop(
+                self.images_u8[index], generator, recipe.crop_scale, flip=recipe.flip
+            )
+            targets = F.one_hot(self.labels[index], self.classes).float()
+            images, targets = data.mixup(images, targets, recipe.mixup_alpha, generator)
+            yield models.normalize(images), targets
+
+
+class Network:
+    """A network in training, with all that a step changes: what a checkpoint must hold."""
+
+    def __init__(self, model: nn.Module, stage: Stage, device: torch.device, bf16: bool):
+        self.stage, self.device, self.bf16 = stage, device, bf16
+        self.model = models.speed_up_(model).to(device, memory_format=torch.channels_last)
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
+        )
+        self.masks: prune.Masks | None = None
+        self.start_round()
+
+    def start_round(self) -> None:
+        """A fresh optimizer; the learning rate is a function of the step."""
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.stage.optimizer]
+        extra = {"momentum": 0.9, "nesterov": True} if self.stage.optimizer == "sgd" else {}
+        self.optimizer = kind(
+            self.model.parameters(),
+            lr=self.stage.learning_rate,
+            weight_decay=self.stage.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+            **extra,
+        )
+
+    def set_masks(self, masks: prune.Masks) -> None:
+        """From now on, only these weights are not zero, in the average as well."""
+        self.masks = masks
+        weights = prune.weights(self.model)
+        self._masked = [(weights[name], mask.to(weights[name])) for name, mask in masks.items()]
+        prune.apply_(self.model, masks)
+        prune.apply_(self.average.module, masks)
+
+    def cut(self, budget: int, image_size: int, images: Iterable[Tensor]) -> None:
+        """Prune to `budget`, refresh BatchNorm's statistics on `images`, restart the average."""
+        masks = self.masks
+        if masks is None:
+            prune.fold_equal_channels_(self.model)
+            masks = prune.all_useful(self.model, image_size, grey=True)
+        self.set_masks(prune.choose(self.model, masks, budget, image_size, grey=True))
+        with self.autocast():
+            update_bn(images, self.model)
+        self.average.n_averaged.zero_()
+        self.average.update_parameters(self.model)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def step(self, images: Tensor, targets: Tensor, teacher: nn.Module | None, rate: float):
+        """One update; returns loss and logits, without waiting for the device."""
+        stage = self.stage
+        with self.autocast():
+            logits = self.model(images)
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_logits = teacher(images.to(teacher.fc.weight.dtype))
+        if teacher is None:
+            loss = F.cross_entropy(logits.float(), targets)
+        else:
+            loss = distillation_loss(
+                logits.float(), teacher_logits.float(), targets, stage.kd_weight, stage.temperature
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.masks is not None:  # momentum and weight decay must not revive what was pruned
+            with torch.no_grad():
+                for weight, mask in self._masked:
+                    weight.mul_(mask)
+        return loss.detach(), logits.detach()
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "masks": self.masks,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["masks"] is not None:
+            self.set_masks({name: mask.to(self.device) for name, mask in state["masks"].items()})
+
+
+def frozen(model: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
+    """A copy for fast forward passes only: BatchNorm folded, no gradients, all in bf16 or fp32."""
+    model = models.speed_up_(models.fold_batchnorm(model)).requires_grad_(False)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return model.to(device, dtype, memory_format=torch.channels_last)
+
+
+# --- one stage ----------------------------------------------------------------------------------
+
+
+def budgets(stage: Stage, start: int, budget: int) -> list[list[int | None]]:
+    """The budget that each epoch of each round begins with a cut to; None: no cut."""
+    steps = iter(prune.ladder(start, budget, sum(stage.cuts)))
+    return [
+        [next(steps) if epoch < cuts else None for epoch in range(epochs)]
+        for epochs, cuts in zip(stage.epochs, stage.cuts or [0] * len(stage.epochs), strict=True)
+    ]
+
+
+def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
+    """Train `model` as stage `name`; returns a copy with the weights that validation chose.
+
+    Each epoch draws from a generator of its own, seeded by run, stage and epoch, so that an epoch
+    can be repeated: a run that was stopped goes on at the epoch it was in.
+    """
+    stage: Stage = getattr(run.recipe, name)
+    network = Network(model, stage, run.device, run.bf16)
+    best: dict = {"score": -1.0}
+    first = 0
+    if (state := run.resume(name)) is not None:
+        network.load_state_dict(state["network"])
+        best, first = state["best"], state["epoch"]
+
+    largest = prune.budget_range(model, run.image_size, grey=True)[1] if stage.cuts else 0
+    plan = [
+        (number, epoch, budget, len(part))
+        for number, part in enumerate(budgets(stage, largest, run.budget), start=1)
+        for epoch, budget in enumerate(part)
+    ]
+    last_cut = max((i for i, (_, _, budget, _) in enumerate(plan) if budget), default=0)
+    for index, (number, epoch, budget, epochs) in enumerate(plan):
+        if index < first:
+            continue
+        began = time.perf_counter()
+        generator = run.generator(name, index)
+        if epoch == 0:
+            network.start_round()
+        if budget is not None:
+            few = zip(range(REFRESH), run.train.batches(generator), strict=False)
+            network.cut(budget, run.image_size, [images for _, (images, _) in few])
+        network.model.train()
+        loss_sum = torch.zeros((), device=run.device)
+        metric = MulticlassAccuracy(run.train.classes, average="micro", validate_args=False)
+        metric = metric.to(run.device)
+        bar = tqdm(
+            run.train.batches(generator),
+            f"{name} {index + 1}/{len(plan)}",
+            run.train.steps,
+            leave=False,
+            disable=None,
+        )
+        for step, (images, targets) in enumerate(bar):
+            now, steps = epoch * run.train.steps + step, epochs * run.train.steps
+            rate = learning_rate(now, steps, stage.learning_rate)
+            loss, logits = network.step(images, targets, teacher, rate)
+            loss_sum += loss
+            metric.update(logits, targets.argmax(1))
+            if step % AVERAGE_EVERY == AVERAGE_EVERY - 1:
+                network.average.update_parameters(network.model)
+            if not bar.disable and step % (run.train.steps // 10 + 1) == 0:  # waits for the device
+                loss, accuracy = loss_sum.item() / (step + 1), metric.compute().item()
+                bar.set_postfix_str(f"loss {loss:.3f} accuracy {accuracy:.1%}")
+        loss = loss_sum.item() / run.train.steps
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"stage {name}, epoch {index + 1}: the loss is {loss}")
+
+        val, val_average = run.validate(network.model), run.validate(network.average.module)
+        if index >= last_cut:
+            # Without validation images the schedule decides: the average after the last epoch.
+            averaged = val is None or val_average >= val
+            score = float(index) if val is None else max(val, val_average)
+            if score > best["score"]:
+                chosen = network.average.module if averaged else network.model
+                weights = {k: v.clone() for k, v in chosen.state_dict().items()}
+                best = {"score": score, "epoch": index + 1, "averaged": averaged, "model": weights}
+        seconds = time.perf_counter() - began
+        run.rows.append(
+            {
+                "stage": name,
+                "round": number,
+                "epoch": index + 1,
+                "parameters": prune.count(network.model),
+                "loss": round(loss, 5),
+                "train_accuracy": round(metric.compute().item(), 5),
+                "val_accuracy": "" if val is None else round(val, 5),
+                "val_accuracy_average": "" if val is None else round(val_average, 5),
+                "learning_rate": float(f"{rate:.3g}"),
+                "seconds": round(seconds, 1),
+            }
+        )
+        run.save_state(name, index + 1, network, best)
+        shown = "" if val is None else f"  val {val:.2%}  averaged {val_average:.2%}"
+        parameters = run.rows[-1]["parameters"]
+        tqdm.write(
+            f"{name:8}{index + 1:4}/{len(plan)}  {parameters:>10,} parameters  "
+            f"loss {loss:.4f}{shown}  {seconds:.0f} s",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+    model = copy.deepcopy(network.model)
+    model.load_state_dict(best["model"])
+    return model
+
+
+# --- a run and its folder -----------------------------------------------------------------------
+
+
+class Run:
+    """The folder of a run: what was asked for, how far it is, what it leaves."""
+
+    def __init__(self, folder: Path, recipe_name: str, settings: dict):
+        self.folder, self.recipe_name = folder, recipe_name
+        self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
+        self.recipe: Recipe = RECIPES[recipe_name]
+        self.seed, self.budget = settings["seed"], settings["budget"]
+        self.rows: list[dict] = []
+        self.record = self._open()
+
+    def path(self, stage: str) -> Path:
+        names = {
+            "teacher": "teacher.pth",
+            "student": "student.pth",
+            "pruned": "pruned_resnet18.pth",
+        }
+        return self.folder / names[stage]
+
+    def _open(self) -> dict:
+        """Create the folder, or go on with what is there if the settings are the same."""
+        record = self.folder / "run.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            known = json.loads(record.read_text()) if record.exists() else None
+            if known is None:
+                known = {"name": self.folder.name, "settings": self.settings, "minutes": 0.0}
+                checkpoint.write(record, json.dumps(known, indent=2))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.folder}: cannot be used for the run ({error})") from None
+        wanted = self.settings
+        if differing := [key for key in wanted if known["settings"].get(key) != wanted[key]]:
+            raise UsageError(
+                f"{self.folder} holds a run with other settings ({', '.join(differing)}); "
+                "choose another --name, or the settings it was started with"
+            )
+        return known
+
+    def resume(self, stage: str) -> dict | None:
+        """The state of `stage` if it was begun, and the rows of metrics.csv so far."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return None
+        state = checkpoint.read(path)
+        self.rows = state["rows"]
+        self.record["minutes"] = state["minutes"]
+        if state["stage"] != stage:
+            return None
+        print(f"{stage}: going on after epoch {state['epoch']}")
+        return state
+
+    def save_state(self, stage: str, epoch: int, network: Network, best: dict) -> None:
+        """All that the next epoch needs; metrics.csv is written from the same rows."""
+        now = time.perf_counter()
+        self.record["minutes"] += (now - self.clock) / 60
+        self.clock = now
+        state = {
+            "stage": stage,
+            "epoch": epoch,
+            "network": network.state_dict(),
+            "best": best,
+            "rows": self.rows,
+            "minutes": self.record["minutes"],
+        }
+        checkpoint.write(self.folder / "state.pt", state)
+        checkpoint.write(self.folder / "metrics.csv", _csv(self.rows))
+
+    def generator(self, stage: str, epoch: int) -> Generator:
+        seed = (self.seed * len(STAGES) + STAGES.index(stage)) * 100_000 + epoch
+        return Generator(self.device).manual_seed(seed)
+
+    def prepare(self, device: torch.device, folder: Path, full_train: bool) -> None:
+        """Put the training images on the device."""
+        self.device, self.bf16 = device, bf16_pays(device)
+        self.clock = time.perf_counter()
+        images_u8, labels = data.load(folder, "train")
+        self.image_size = images_u8.shape[-1]
+        train, val = data.split_validation(labels)
+        self.val = None if full_train else (images_u8[val].to(device), labels[val].to(device))
+        if full_train:
+            train = torch.arange(len(labels))
+        train = train[: self.recipe.images]
+        self.train = Images(
+            images_u8[train].to(device), labels[train].to(device), self.recipe, len(data.CLASSES)
+        )
+
+    def validate(self, model: nn.Module) -> float | None:
+        """Validation accuracy in the precision of training; None without validation images."""
+        if self.val is None:
+            return None
+        images_u8, labels = self.val
+        model = frozen(model, self.device, self.bf16)
+        return models.accuracy(models.infer(model, images_u8, 250), labels)
+
+    def build(self, stage: str, imagenet: bool = False) -> nn.Module:
+        """A new network, initialised from the run's seed."""
+        torch.manual_seed(self.seed * len(STAGES) + STAGES.index(stage))
+        arch = "resnet50" if stage == "teacher" else "resnet18"
+        return models.build(arch, len(data.CLASSES), imagenet)
+
+    def keep(self, stage: str, model: nn.Module) -> None:
+        """Write the finished network of a stage, with what is known of it."""
+        val = None
+        if self.val is not None:
+            val = models.accuracy(models.infer(model, self.val[0]), self.val[1])
+        meta = {
+            "arch": "resnet50" if stage == "teacher" else "resnet18",
+            "num_classes": len(data.CLASSES),
+            "classes": list(data.CLASSES),
+            "image_size": self.image_size,
+            "stage": stage,
+            "recipe": self.recipe_name,
+            "seed": self.seed,
+            "commit": commit(),
+            "val_accuracy": val,
+        }
+        if stage == "pruned":
+            meta["budget"] = self.budget
+        checkpoint.save(self.path(stage), model, meta)
+
+
+def _csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def commit() -> str:
+    """The commit of this checkout, "+" behind it if files differ from it; "" outside of git."""
+    where = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=where, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+# --- the machine --------------------------------------------------------------------------------
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device named, or the best there is. Raises UsageError if it is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        wanted = next(name for name in there if there[name])
+    if not there[wanted]:
+        raise UsageError(f"--device {wanted}: there is none on this machine")
+    return torch.device(wanted)
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bf16 clearly faster than in fp32: measured."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(768, 768, dtype=dtype)
+        times = []
+        for _ in range(8):
+            began = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return seconds(torch.bfloat16) < seconds(torch.float32) / 1.5
+
+
+def measure(run: Run, stages: Iterable[str]) -> dict[str, float]:
+    """Seconds of one training step of 256 images in each stage, on networks thrown away."""
+    images = Images(run.train.images_u8, run.train.labels, RECIPES["full"], run.train.classes)
+    seconds = {}
+    for stage in stages:
+        network = Network(run.build(stage), getattr(run.recipe, stage), run.device, run.bf16)
+        teacher = None
+        if stage != "teacher":
+            teacher = frozen(run.build("teacher"), run.device, run.bf16)
+        network.model.train()
+        times = []
+        for step, batch in enumerate(images.batches(Generator(run.device).manual_seed(0))):
+            began = time.perf_counter()
+            loss, _ = network.step(*batch, teacher, rate=0.0)
+            loss.item()
+            times.append(time.perf_counter() - began)
+            if step == 5:
+                break
+        seconds[stage] = sorted(times)[len(times) // 2]
+    return seconds
+
+
+# --- the chain ----------------------------------------------------------------------------------
+
+
+def train(run: Run, teacher_file: Path | None, imagenet: bool) -> None:
+    """All stages that are not finished yet."""
+    if teacher_file is None and not run.path("teacher").exists():
+        run.keep("teacher", fit(run, "teacher", run.build("teacher")))
+    if run.path("pruned").exists():
+        return
+    teacher, _ = checkpoint.load(teacher_file or run.path("teacher"))
+    teacher = frozen(teacher, run.device, run.bf16)
+    if not run.path("student").exists():
+        run.keep("student", fit(run, "student", run.build("student", imagenet), teacher))
+    student, _ = checkpoint.load(run.path("student"))
+    run.keep("pruned", fit(run, "pruned", student, teacher))
+    run.resume("")  # rows and minutes, if every stage was finished before
+
+
+def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
+    """Read the files that the run wrote, measure test, and write summary, curves and record."""
+    images_u8, labels = data.load(folder, "test")
+    stages = {}
+    for stage in STAGES:
+        path = (teacher_file if stage == "teacher" else None) or run.path(stage)
+        model, meta = checkpoint.load(path, run.device)
+        test = models.accuracy(models.infer(model, images_u8), labels)
+        stages[stage] = {
+            "file": path.name,
+            "kilobytes": round(path.stat().st_size / 1000),
+            "parameters": meta["parameters"],
+            "val_accuracy": meta.get("val_accuracy"),
+            "test_accuracy": test,
+        }
+    size = (1, 3, run.image_size, run.image_size)
+    summary = torchinfo.summary(prune.masked(model.cpu()), size, verbose=0)
+    checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
+    plots.curves(run.folder / "metrics.csv", run.folder / "curves.png")
+    run.record |= {
+        "stages": stages,
+        "torchinfo_total_params": summary.total_params,
+        "minutes": round(run.record["minutes"], 1),
+        "commit": commit(),
+        "device": device_name(run.device),
+        "bf16": run.bf16,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    }
+    checkpoint.write(run.folder / "run.json", json.dumps(run.record, indent=2))
+    if run.recipe_name != "quick":
+        row = {
+            "name": run.record["name"],
+            "recipe": run.recipe_name,
+            "seed": run.seed,
+            "budget": run.budget,
+            "parameters": stages["pruned"]["parameters"],
+            **{f"{s}_{k}": v for s in STAGES for k, v in _accuracies(stages[s]).items()},
+            "minutes": run.record["minutes"],
+            "device": run.record["device"],
+            "commit": run.record["commit"],
+        }
+        old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+        checkpoint.write(RESULTS, _csv([*old, row]))
+
+
+def _accuracies(stage: dict) -> dict[str, str]:
+    val = stage["val_accuracy"]
+    return {"val": "" if val is None else f"{val:.4f}", "test": f"{stage['test_accuracy']:.4f}"}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({os.cpu_count()} cores)" if device.type == "cpu" else device.type
+
+
+def report(run: Run) -> None:
+    """The table at the end."""
+    print(f"\n{'stage':10}{'parameters':>12}{'val':>9}{'test':>9}{'kB':>9}  file")
+    for stage, row in run.record["stages"].items():
+        val = "-" if row["val_accuracy"] is None else f"{row['val_accuracy']:.2%}"
+        print(
+            f"{stage:10}{row['parameters']:>12,}{val:>9}{row['test_accuracy']:>9.2%}"
+            f"{row['kilobytes']:>9,}  {row['file']}"
+        )
+    print(f"{run.record['minutes']:.0f} minutes; everything is in {run.folder}")
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Distil a ResNet50 into a ResNet18 on Fashion-MNIST and prune it to exactly "
+        "--budget parameters. The same command goes on with a run that was stopped.",
+    )
+    what = parser.add_argument_group("what is trained")
+    recipe = what.add_mutually_exclusive_group()
+    recipe.add_argument("--recipe", choices=RECIPES, help="default: full with a GPU, else cpu")
+    recipe.add_argument(
+        "--quick", action="store_true", help="the recipe quick: a part of the images, 5 minutes"
+    )
+    what.add_argument(
+        "--budget", type=int, default=100_000, metavar="N", help="parameters left (default 100000)"
+    )
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
+    what.add_argument(
+        "--teacher", type=Path, metavar="FILE", help="weights of a ResNet50; none is trained then"
+    )
+    what.add_argument(
+        "--imagenet", action="store_true", help="start the student from torchvision's weights"
+    )
+    what.add_argument(
+        "--full-train", action="store_true", help="train on all 60,000 images, without validation"
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument("--name", help="of the run, a folder in runs/ (default <recipe>-seed<seed>)")
+    where.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with the images (default: found or fetched)",
+    )
+    where.add_argument(
+        "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto"
+    )
+    return parser.parse_args(argv)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Check everything that was asked for, then train."""
+    device = choose_device(args.device)
+    recipe_name = args.recipe or (
+        "quick" if args.quick else "full" if device.type == "cuda" else "cpu"
+    )
+    if not 0 <= args.seed < 10**9:
+        raise UsageError(f"--seed {args.seed}: a number from 0 to 999,999,999")
+    folder = data.find(args.data)
+    name = args.name or f"{recipe_name}-seed{args.seed}"
+    if Path(name).name != name or name in (".", ".."):
+        raise UsageError(f"--name {name}: a name, not a path")
+    probe = models.build("resnet18", len(data.CLASSES), args.imagenet)
+    smallest, largest = prune.budget_range(probe, data.load(folder, "test")[0].shape[-1], grey=True)
+    if not smallest <= args.budget <= largest:
+        raise UsageError(
+            f"--budget {args.budget:,}: possible are {smallest:,} (BatchNorm, biases and "
+            f"{prune.FLOOR} weights a layer) to {largest:,} (all weights that can matter)"
+        )
+    if args.teacher is not None:
+        _, meta = checkpoint.load(args.teacher)
+        if meta["arch"] != "resnet50" or meta["num_classes"] != len(data.CLASSES):
+            raise UsageError(
+                f"{args.teacher}: a {meta['arch']} with {meta['num_classes']} classes, the teacher "
+                f"must be a resnet50 with {len(data.CLASSES)}"
+            )
+    settings = {
+        "recipe": asdict(RECIPES[recipe_name]),
+        "seed": args.seed,
+        "budget": args.budget,
+        "teacher": None if args.teacher is None else str(args.teacher.resolve()),
+        "imagenet": args.imagenet,
+        "full_train": args.full_train,
+    }
+    run = Run(RUNS / name, recipe_name, settings)
+    if "stages" in run.record:
+        print(f"{run.folder}: this run is finished; --name or --seed starts another")
+        report(run)
+        return
+    run.prepare(device, folder, args.full_train)
+    announce(run, args.teacher)
+    train(run, args.teacher, args.imagenet)
+    finish(run, folder, args.teacher)
+    report(run)
+
+
+def announce(run: Run, teacher_file: Path | None) -> None:
+    """Device, recipe, epochs and, from a few measured steps, the expected time."""
+    stages = STAGES if teacher_file is None else STAGES[1:]
+    print(f"device {device_name(run.device)}, {'bf16' if run.bf16 else 'fp32'}, run {run.folder}")
+    print(f"recipe {run.recipe_name}: {run.train.steps * run.recipe.batch_size:,} images an epoch")
+    seconds = measure(run, stages)
+    scale = run.train.steps * run.recipe.batch_size / 256 / 60
+    total = 0.0
+    for stage in stages:
+        rounds = getattr(run.recipe, stage).epochs
+        minutes = sum(rounds) * scale * seconds[stage]
+        total += minutes
+        epochs = " + ".join(map(str, rounds))
+        print(f"  {stage:8} {epochs} epochs, about {minutes:.0f} min")
+    print(f"  in all about {total:.0f} minutes")
+    if run.device.type != "cuda" and run.recipe_name != "full":
+        steps = (60_000 - data.VALIDATION) / 256 / 3600
+        full = sum(sum(getattr(RECIPES["full"], s).epochs) * steps * seconds[s] for s in stages)
+        print(f"  (the recipe full, made for a GPU, would take about {full:.0f} hours here)")
+    sys.stdout.flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
+    try:
+        start(parse(argv))
+    except (UsageError, data.DataError, checkpoint.CheckpointError, prune.BudgetError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except ArithmeticError as error:
+        print(f"train.py: {error}; the epochs before are kept", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on after the last epoch shown", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
