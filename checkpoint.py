@@ -19,7 +19,7 @@ import os
 import pickle
 import re
 import tempfile
-import zipfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -63,21 +63,31 @@ def _umask() -> int:
     return mask
 
 
+def check_output(path: Path) -> None:
+    """Raise CheckpointError unless `write` can write to `path`; for use before the work."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def read(path: str | Path) -> object:
     """What torch.save wrote to `path`; no code in it is run. Raises CheckpointError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickle protocols: what cannot be read raises
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        elif "weights_only" in str(error) or "Unsupported" in str(error):
-            reason = "it holds Python objects that are not tensors and plain data; nothing was run"
+        elif isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            reason = "it holds Python objects that are not tensors or plain data (nothing was run)"
         else:
-            reason = "it is empty, truncated or not a file of torch.save"
-        raise CheckpointError(f"{path}: cannot be loaded, {reason}") from None
+            reason = "it is empty, truncated, or was not written by torch.save"
+        raise CheckpointError(f"{path}: cannot be loaded: {reason}") from None
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -165,7 +175,7 @@ def _unpack(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         positions = torch.arange(len(flat))
     else:
         positions = gaps.long().cumsum(0)[gaps.long() != STEP] - 1
-        if len(positions) and not (0 <= positions[0] and positions[-1] < len(flat)):
+        if len(positions) and not (positions[0] >= 0 and positions[-1] < len(flat)):
             raise broken
         if (positions.diff() <= 0).any():
             raise broken

@@ -44,6 +44,7 @@ ARCHIVES = {
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
 CACHE_DIR = Path(__file__).resolve().parent / "data"
+DEBIAN_CACHE = CACHE_DIR / "debian"
 VALIDATION = 5000  # images held out of the 60,000, the same number of each class
 
 
@@ -55,31 +56,28 @@ class DataError(Exception):
 
 
 def find(folder: str | Path | None = None) -> Path:
-    """The folder with the four files: `folder`, else Debian's, else a download.
+    """The folder with the four files: `folder`, else Debian's, else what is or was downloaded.
 
-    Raises DataError if `folder` was given and lacks them, or if no source answers.
+    Raises DataError if `folder` was given and lacks them, or if no source has them.
     """
     if folder is not None:
-        found = _within(Path(folder))
-        if found is None:
-            raise DataError(f"{folder}: the four Fashion-MNIST *-ubyte.gz files are not there")
-        return found
-    for place in (DEBIAN_DIR, CACHE_DIR, CACHE_DIR / "debian" / DEBIAN_DIR.relative_to("/")):
-        if found := _within(place):
+        if found := _within(Path(folder)):
             return found
+        raise DataError(f"{folder}: the four Fashion-MNIST files (*-ubyte.gz) are not there")
     reasons = []
-    for fetch in (_fetch_torchvision, _fetch_debian):
+    for fetch in (None, _fetch_torchvision, _fetch_debian):
         try:
-            fetch(CACHE_DIR)
+            if fetch is not None:
+                fetch()
         except Exception as error:  # whatever stops one source, the next is tried
-            reasons.append(f"{fetch.__name__[7:]}: {str(error).strip().splitlines()[-1:]}")
-            continue
-        for place in (CACHE_DIR, CACHE_DIR / "debian" / DEBIAN_DIR.relative_to("/")):
+            reasons.append(" ".join(str(error).split())[:200])
+        for place in (DEBIAN_DIR, CACHE_DIR, DEBIAN_CACHE):
             if found := _within(place):
                 return found
     raise DataError(
-        f"Fashion-MNIST not found and not fetched ({'; '.join(reasons)}). Give the folder with its "
-        f"four *-ubyte.gz files as --data DIR, or install the Debian package {DEBIAN_PACKAGE}"
+        f"Fashion-MNIST was not found and could not be fetched ({'; '.join(reasons)}); give a "
+        "folder with its four *-ubyte.gz files as --data DIR, or install the Debian package "
+        f"{DEBIAN_PACKAGE}"
     )
 
 
@@ -91,30 +89,34 @@ def _within(folder: Path) -> Path | None:
     return None
 
 
-def _fetch_torchvision(cache: Path) -> None:
-    torchvision.datasets.FashionMNIST(cache, download=True)
+def _fetch_torchvision() -> None:
+    torchvision.datasets.FashionMNIST(CACHE_DIR, download=True)
 
 
-def _fetch_debian(cache: Path) -> None:
-    """Unpack Debian's package without root: private apt state, nothing of the system touched."""
+def _fetch_debian() -> None:
+    """Fetch and unpack Debian's package without root, with apt's state in a scratch folder."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise FileNotFoundError(f"{tool} is not installed")
-    with tempfile.TemporaryDirectory() as scratch:
+    CACHE_DIR.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE_DIR) as name:
+        scratch = Path(name)
         for sub in ("state/lists/partial", "cache/archives/partial"):
-            (Path(scratch) / sub).mkdir(parents=True)
-        apt = [
-            "apt-get", "-q", "-o", f"Dir::State={scratch}/state", "-o", f"Dir::Cache={scratch}/cache",
-            "-o", "Dir::State::status=/var/lib/dpkg/status", "-o", "APT::Sandbox::User=",
-        ]  # fmt: skip
+            (scratch / sub).mkdir(parents=True)
+        settings = {
+            "Dir::State": scratch / "state",
+            "Dir::State::status": "/var/lib/dpkg/status",
+            "Dir::Cache": scratch / "cache",
+            "APT::Sandbox::User": "",  # apt's own user cannot write to the scratch folder
+        }
+        apt = ["apt-get", "-q", *(f"-o{key}={value}" for key, value in settings.items())]
         for command in (["update"], ["download", DEBIAN_PACKAGE]):
             done = subprocess.run(apt + command, cwd=scratch, capture_output=True, text=True)
             if done.returncode != 0:
-                raise OSError(f"apt-get {command[0]} failed: {done.stderr.strip()}")
-        (package,) = Path(scratch).glob(f"{DEBIAN_PACKAGE}_*.deb")
-        unpacked = Path(scratch) / "unpacked"
-        subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True, capture_output=True)
-        shutil.copytree(unpacked, cache / "debian", dirs_exist_ok=True)
+                raise OSError(f"apt-get {command[0]} failed: {done.stderr}")
+        (package,) = scratch.glob(f"{DEBIAN_PACKAGE}_*.deb")
+        subprocess.run(["dpkg-deb", "-x", package, scratch / "tree"], check=True)
+        shutil.move(scratch / "tree" / DEBIAN_DIR.relative_to("/"), DEBIAN_CACHE)
 
 
 def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -155,7 +157,7 @@ def _read_idx(folder: Path, archive: str, dims: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
-def split_validation(labels: Tensor, size: int = VALIDATION) -> tuple[Tensor, Tensor]:
+def split_validation(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Indices (train, validation): a fixed, stratified permutation, the same in every run."""
     order = torch.randperm(len(labels), generator=Generator().manual_seed(0))
     per_class = size // (int(labels.max()) + 1)

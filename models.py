@@ -14,6 +14,25 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 ARCHITECTURES = ("resnet18", "resnet50")
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
+class DeviceError(Exception):
+    """The device asked for is not there; the message is one line for the user."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device named, or for "auto" the best there is. Raises DeviceError if it is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        wanted = next(name for name in there if there[name])
+    if not there[wanted]:
+        raise DeviceError(f"--device {wanted}: there is none on this machine")
+    return torch.device(wanted)
 
 
 def build(arch: str, num_classes: int, imagenet: bool = False) -> nn.Module:
@@ -44,7 +63,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def infer(model: nn.Module, images_u8: Tensor, batch_size: int = 1000, tta: bool = False) -> Tensor:
+def infer(model: nn.Module, images_u8: Tensor, batch_size: int = 250, tta: bool = False) -> Tensor:
     """Logits, float32 (N, classes), of a model in eval mode; `images_u8` as in `normalize`.
 
     `tta` averages the logits of each image and its mirror image. The model's dtype decides the

@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-FLOOR = 64  # weights that every layer keeps (or all that can matter there, if fewer)
+CORE, FLOOR = 8, 64  # channels and weights of a layer that pruning leaves, see `core`
 
 Masks = dict[str, Tensor]  # bool, by the names and in the shapes of `weights`
 
@@ -95,42 +95,59 @@ def all_useful(model: nn.Module, image_size: int, grey: bool) -> Masks:
     return useful(model, dense, image_size, grey)
 
 
+def core(model: nn.Module, masks: Masks) -> Masks:
+    """The floor: what every layer keeps, however small the budget.
+
+    Between each of the first `CORE` input and output channels of a layer (all classes, in the last)
+    the largest weight of a kernel's taps, and the largest others among these up to `FLOOR` in all.
+    The same channels in all layers: the floors make up a small, densely connected network.
+    """
+    floors = {}
+    for name, weight in weights(model).items():
+        block = torch.zeros_like(masks[name])
+        outputs = CORE if weight.dim() == 4 else len(weight)  # every class keeps its share
+        block[:outputs, :CORE] = masks[name][:outputs, :CORE]
+        scores = weight.detach().abs().masked_fill(~block, -1).reshape(*weight.shape[:2], -1)
+        best = torch.zeros_like(scores, dtype=bool)
+        best.scatter_(2, scores.argmax(2, keepdim=True), True)
+        best = best.reshape(block.shape) & block
+        rest = FLOOR - int(best.sum())
+        floors[name] = best | _largest(weight.detach().abs(), block & ~best, max(rest, 0))
+    return floors
+
+
 def budget_range(model: nn.Module, image_size: int, grey: bool) -> tuple[int, int]:
     """Smallest and largest budget that `choose` can meet for this architecture."""
-    sizes = [int(mask.sum()) for mask in all_useful(model, image_size, grey).values()]
-    fixed = count_fixed(model)
-    return fixed + sum(min(FLOOR, size) for size in sizes), fixed + sum(sizes)
+    masks = all_useful(model, image_size, grey)
+    smallest, largest = (
+        count_fixed(model) + sum(int(mask.sum()) for mask in part.values())
+        for part in (core(model, masks), masks)
+    )
+    return smallest, largest
 
 
 def choose(model: nn.Module, masks: Masks, budget: int, image_size: int, grey: bool) -> Masks:
     """Masks, within `masks`, that leave exactly `budget` parameters, all of them useful.
 
-    Kept are the `FLOOR` weights of each layer on its strongest paths, then the largest magnitudes
-    over all layers. Such a choice can leave weights on no path; those make room for the largest
-    of the weights that a path lacks only itself. Raises BudgetError if that cannot be done.
+    Kept are the floors (see `core`) and then the largest magnitudes over all layers. Such a choice
+    can leave weights on no path; they make room for the largest of those weights that a path lacks
+    only itself. (If even these are too few, which takes magnitudes unlike any trained network's,
+    the first choice stands.) Raises BudgetError if `budget` leaves no room for the floors, or asks
+    for more than there is.
     """
     keep = budget - count_fixed(model)
     magnitudes = {name: weight.detach().abs() for name, weight in weights(model).items()}
-    strengths = path_gradients(
-        model, {name: magnitudes[name] * masks[name] for name in masks}, image_size, grey
-    )
-    floors = {
-        name: _largest(magnitudes[name] * strengths[name].to(mask.device), mask, FLOOR)
-        for name, mask in masks.items()
-    }
-    chosen = _fill(magnitudes, floors, masks, keep)
+    chosen = _fill(magnitudes, core(model, masks), masks, keep)
     while True:
         kept = useful(model, chosen, image_size, grey)
         if all(torch.equal(kept[name], chosen[name]) for name in chosen):
             return chosen
-        gradients = path_gradients(model, kept, image_size, grey)
         addable = {
-            name: mask & (gradients[name] > 0).to(mask.device) for name, mask in masks.items()
+            name: masks[name] & (gradient > 0).to(masks[name].device)
+            for name, gradient in path_gradients(model, kept, image_size, grey).items()
         }
-        for name, mask in kept.items():
-            missing = FLOOR - int(mask.sum())
-            if missing > 0:
-                kept[name] = mask | _largest(magnitudes[name], addable[name] & ~mask, missing)
+        if sum(int((kept[name] | addable[name]).sum()) for name in kept) < keep:
+            return chosen
         chosen = _fill(magnitudes, kept, addable, keep)
 
 

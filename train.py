@@ -6,7 +6,8 @@
 Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
 (ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
 on). All that a run leaves is in runs/<name>/; the same command goes on with a run that was stopped.
-Validation images, held out of the training set, choose the epoch; test is measured once, at the end.
+Validation images, held out of the training set, choose the epoch; test is measured once, at the
+end.
 """
 
 import argparse
@@ -270,9 +271,10 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
     network = Network(model, stage, run.device, run.bf16)
     best: dict = {"score": -1.0}
     first = 0
-    if (state := run.resume(name)) is not None:
-        network.load_state_dict(state["network"])
-        best, first = state["best"], state["epoch"]
+    if run.state.get("stage") == name:
+        network.load_state_dict(run.state["network"])
+        best, first = run.state["best"], run.state["epoch"]
+        print(f"{name}: going on after epoch {first}")
 
     largest = prune.budget_range(model, run.image_size, grey=True)[1] if stage.cuts else 0
     plan = [
@@ -366,8 +368,11 @@ class Run:
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
         self.recipe: Recipe = RECIPES[recipe_name]
         self.seed, self.budget = settings["seed"], settings["budget"]
-        self.rows: list[dict] = []
         self.record = self._open()
+        state = self.folder / "state.pt"
+        self.state = checkpoint.read(state) if state.exists() else {}
+        self.rows: list[dict] = self.state.get("rows", [])
+        self.minutes: float = self.state.get("minutes", 0.0)
 
     def path(self, stage: str) -> Path:
         names = {
@@ -384,7 +389,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = json.loads(record.read_text()) if record.exists() else None
             if known is None:
-                known = {"name": self.folder.name, "settings": self.settings, "minutes": 0.0}
+                known = {"name": self.folder.name, "settings": self.settings}
                 checkpoint.write(record, json.dumps(known, indent=2))
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.folder}: cannot be used for the run ({error})") from None
@@ -396,23 +401,10 @@ class Run:
             )
         return known
 
-    def resume(self, stage: str) -> dict | None:
-        """The state of `stage` if it was begun, and the rows of metrics.csv so far."""
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return None
-        state = checkpoint.read(path)
-        self.rows = state["rows"]
-        self.record["minutes"] = state["minutes"]
-        if state["stage"] != stage:
-            return None
-        print(f"{stage}: going on after epoch {state['epoch']}")
-        return state
-
     def save_state(self, stage: str, epoch: int, network: Network, best: dict) -> None:
         """All that the next epoch needs; metrics.csv is written from the same rows."""
         now = time.perf_counter()
-        self.record["minutes"] += (now - self.clock) / 60
+        self.minutes += (now - self.clock) / 60
         self.clock = now
         state = {
             "stage": stage,
@@ -420,7 +412,7 @@ class Run:
             "network": network.state_dict(),
             "best": best,
             "rows": self.rows,
-            "minutes": self.record["minutes"],
+            "minutes": self.minutes,
         }
         checkpoint.write(self.folder / "state.pt", state)
         checkpoint.write(self.folder / "metrics.csv", _csv(self.rows))
@@ -429,16 +421,18 @@ class Run:
         seed = (self.seed * len(STAGES) + STAGES.index(stage)) * 100_000 + epoch
         return Generator(self.device).manual_seed(seed)
 
-    def prepare(self, device: torch.device, folder: Path, full_train: bool) -> None:
-        """Put the training images on the device."""
+    def prepare(
+        self, device: torch.device, images_u8: Tensor, labels: Tensor, full_train: bool
+    ) -> None:
+        """Put the images (N, H, H) and labels (N,) on the device, split or all for training."""
         self.device, self.bf16 = device, bf16_pays(device)
         self.clock = time.perf_counter()
-        images_u8, labels = data.load(folder, "train")
         self.image_size = images_u8.shape[-1]
-        train, val = data.split_validation(labels)
-        self.val = None if full_train else (images_u8[val].to(device), labels[val].to(device))
+        train, val = data.split_validation(labels, data.VALIDATION)
+        self.val = (images_u8[val].to(device), labels[val].to(device))
         if full_train:
-            train = torch.arange(len(labels))
+            train, self.val = torch.arange(len(labels)), None
+        self.available = len(train)
         train = train[: self.recipe.images]
         self.train = Images(
             images_u8[train].to(device), labels[train].to(device), self.recipe, len(data.CLASSES)
@@ -500,20 +494,6 @@ def commit() -> str:
 # --- the machine --------------------------------------------------------------------------------
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device named, or the best there is. Raises UsageError if it is not there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if wanted == "auto":
-        wanted = next(name for name in there if there[name])
-    if not there[wanted]:
-        raise UsageError(f"--device {wanted}: there is none on this machine")
-    return torch.device(wanted)
-
-
 def bf16_pays(device: torch.device) -> bool:
     """Whether the device multiplies matrices in bf16 clearly faster than in fp32: measured."""
     if device.type != "cpu":
@@ -532,8 +512,7 @@ def bf16_pays(device: torch.device) -> bool:
 
 
 def measure(run: Run, stages: Iterable[str]) -> dict[str, float]:
-    """Seconds of one training step of 256 images in each stage, on networks thrown away."""
-    images = Images(run.train.images_u8, run.train.labels, RECIPES["full"], run.train.classes)
+    """Seconds that training takes for one image in each stage, on networks thrown away."""
     seconds = {}
     for stage in stages:
         network = Network(run.build(stage), getattr(run.recipe, stage), run.device, run.bf16)
@@ -542,14 +521,12 @@ def measure(run: Run, stages: Iterable[str]) -> dict[str, float]:
             teacher = frozen(run.build("teacher"), run.device, run.bf16)
         network.model.train()
         times = []
-        for step, batch in enumerate(images.batches(Generator(run.device).manual_seed(0))):
+        for _, batch in zip(range(5), run.train.batches(run.generator(stage, 0)), strict=False):
             began = time.perf_counter()
             loss, _ = network.step(*batch, teacher, rate=0.0)
             loss.item()
             times.append(time.perf_counter() - began)
-            if step == 5:
-                break
-        seconds[stage] = sorted(times)[len(times) // 2]
+        seconds[stage] = sorted(times)[len(times) // 2] / run.recipe.batch_size
     return seconds
 
 
@@ -568,7 +545,6 @@ def train(run: Run, teacher_file: Path | None, imagenet: bool) -> None:
         run.keep("student", fit(run, "student", run.build("student", imagenet), teacher))
     student, _ = checkpoint.load(run.path("student"))
     run.keep("pruned", fit(run, "pruned", student, teacher))
-    run.resume("")  # rows and minutes, if every stage was finished before
 
 
 def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
@@ -593,7 +569,7 @@ def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
     run.record |= {
         "stages": stages,
         "torchinfo_total_params": summary.total_params,
-        "minutes": round(run.record["minutes"], 1),
+        "minutes": round(run.minutes, 1),
         "commit": commit(),
         "device": device_name(run.device),
         "bf16": run.bf16,
@@ -604,6 +580,7 @@ def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
         },
     }
     checkpoint.write(run.folder / "run.json", json.dumps(run.record, indent=2))
+    (run.folder / "state.pt").unlink()  # all it held is in the other files now
     if run.recipe_name != "quick":
         row = {
             "name": run.record["name"],
@@ -678,15 +655,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folder with the images (default: found or fetched)",
     )
-    where.add_argument(
-        "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto"
-    )
+    where.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
     return parser.parse_args(argv)
 
 
 def start(args: argparse.Namespace) -> None:
     """Check everything that was asked for, then train."""
-    device = choose_device(args.device)
+    device = models.choose_device(args.device)
     recipe_name = args.recipe or (
         "quick" if args.quick else "full" if device.type == "cuda" else "cpu"
     )
@@ -696,12 +671,16 @@ def start(args: argparse.Namespace) -> None:
     name = args.name or f"{recipe_name}-seed{args.seed}"
     if Path(name).name != name or name in (".", ".."):
         raise UsageError(f"--name {name}: a name, not a path")
-    probe = models.build("resnet18", len(data.CLASSES), args.imagenet)
-    smallest, largest = prune.budget_range(probe, data.load(folder, "test")[0].shape[-1], grey=True)
+    images_u8, labels = data.load(folder, "train")
+    try:
+        probe = models.build("resnet18", len(data.CLASSES), args.imagenet)
+    except OSError as error:
+        raise UsageError(f"--imagenet: the weights cannot be downloaded ({error})") from None
+    smallest, largest = prune.budget_range(probe, images_u8.shape[-1], grey=True)
     if not smallest <= args.budget <= largest:
         raise UsageError(
             f"--budget {args.budget:,}: possible are {smallest:,} (BatchNorm, biases and "
-            f"{prune.FLOOR} weights a layer) to {largest:,} (all weights that can matter)"
+            f"at least {prune.FLOOR} weights a layer) to {largest:,} (all weights that can matter)"
         )
     if args.teacher is not None:
         _, meta = checkpoint.load(args.teacher)
@@ -723,7 +702,7 @@ def start(args: argparse.Namespace) -> None:
         print(f"{run.folder}: this run is finished; --name or --seed starts another")
         report(run)
         return
-    run.prepare(device, folder, args.full_train)
+    run.prepare(device, images_u8, labels, args.full_train)
     announce(run, args.teacher)
     train(run, args.teacher, args.imagenet)
     finish(run, folder, args.teacher)
@@ -734,21 +713,22 @@ def announce(run: Run, teacher_file: Path | None) -> None:
     """Device, recipe, epochs and, from a few measured steps, the expected time."""
     stages = STAGES if teacher_file is None else STAGES[1:]
     print(f"device {device_name(run.device)}, {'bf16' if run.bf16 else 'fp32'}, run {run.folder}")
-    print(f"recipe {run.recipe_name}: {run.train.steps * run.recipe.batch_size:,} images an epoch")
+    images = run.train.steps * run.recipe.batch_size
+    print(f"recipe {run.recipe_name}, seed {run.seed}, {images:,} images an epoch")
     seconds = measure(run, stages)
-    scale = run.train.steps * run.recipe.batch_size / 256 / 60
-    total = 0.0
+
+    def minutes(recipe: Recipe, stage: str, images: int) -> float:
+        return sum(getattr(recipe, stage).epochs) * images * seconds[stage] / 60
+
     for stage in stages:
-        rounds = getattr(run.recipe, stage).epochs
-        minutes = sum(rounds) * scale * seconds[stage]
-        total += minutes
-        epochs = " + ".join(map(str, rounds))
-        print(f"  {stage:8} {epochs} epochs, about {minutes:.0f} min")
-    print(f"  in all about {total:.0f} minutes")
-    if run.device.type != "cuda" and run.recipe_name != "full":
-        steps = (60_000 - data.VALIDATION) / 256 / 3600
-        full = sum(sum(getattr(RECIPES["full"], s).epochs) * steps * seconds[s] for s in stages)
-        print(f"  (the recipe full, made for a GPU, would take about {full:.0f} hours here)")
+        epochs = " + ".join(map(str, getattr(run.recipe, stage).epochs))
+        expected = minutes(run.recipe, stage, images)
+        print(f"  {stage:8} {epochs} epochs, about {expected:.0f} minutes")
+    expected = sum(minutes(run.recipe, stage, images) for stage in stages)
+    print(f"  in all about {expected:.0f} minutes")
+    if run.device.type == "cpu" and run.recipe_name != "full":
+        hours = sum(minutes(RECIPES["full"], stage, run.available) for stage in stages) / 60
+        print(f"  (the recipe full, made for a GPU, would take about {hours:.0f} hours here)")
     sys.stdout.flush()
 
 
@@ -756,7 +736,13 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
     try:
         start(parse(argv))
-    except (UsageError, data.DataError, checkpoint.CheckpointError, prune.BudgetError) as error:
+    except (
+        UsageError,
+        models.DeviceError,
+        data.DataError,
+        checkpoint.CheckpointError,
+        prune.BudgetError,
+    ) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except ArithmeticError as error:

@@ -1,0 +1,232 @@
+import os
+import pickle
+
+import pytest
+import torch
+from torch.nn.utils import prune as torch_prune
+
+import checkpoint
+import models
+import prune
+
+META = {"arch": "resnet18", "num_classes": 10, "budget": 100_000, "classes": list("abcdefghij")}
+
+
+@pytest.fixture
+def pruned(resnet18):
+    masks = prune.all_useful(resnet18, 28, grey=True)
+    prune.fold_equal_channels_(resnet18)
+    prune.apply_(resnet18, prune.choose(resnet18, masks, 100_000, 28, grey=True))
+    return resnet18.eval()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "weights.pth"
+
+
+def same(a, b):
+    """Bit for bit, -0.0 apart from 0.0 included."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype
+        and torch.equal(a[k].contiguous().view(torch.uint8), b[k].contiguous().view(torch.uint8))
+        if a[k].dim()
+        else torch.equal(a[k], b[k])
+        for k in a
+    )
+
+
+def test_a_pruned_network_comes_back_bit_for_bit_from_a_small_file(pruned, path):
+    pruned.conv1.weight.data[0, 0, 0, 0] = 1e-30
+    pruned.bn1.num_batches_tracked += 12345
+    pruned.fc.weight.data[9, 511] = 0.5  # far behind the weight before it: gaps over 65,535
+    pruned.layer4[1].conv1.weight.data.zero_()
+    meta = {**META, "budget": 200_000}
+    checkpoint.save(path, pruned, meta)
+    assert path.stat().st_size < 700_000
+    model, known = checkpoint.load(path)
+    assert same(model.state_dict(), pruned.state_dict())
+    assert known == {**meta, "parameters": prune.count(pruned)}
+    assert not model.training and {type(m) for m in model.modules()} == {
+        type(m) for m in models.build("resnet18", 10).modules()
+    }
+
+
+def test_dense_networks_and_resnet50_come_back_as_well(resnet18, path):
+    for arch in models.ARCHITECTURES:
+        model = models.build(arch, 7)
+        checkpoint.save(path, model, {"arch": arch, "num_classes": 7})
+        again, meta = checkpoint.load(path)
+        assert same(again.state_dict(), model.state_dict())
+        assert meta["parameters"] == prune.count(model)
+
+
+def test_plain_masked_and_course_files_load(pruned, path):
+    state = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    masked = prune.masked(pruned).state_dict()
+    assert "conv1.weight_orig" in masked and "conv1.weight" not in masked
+    teacher = models.build("resnet50", 10).state_dict()
+    for content, arch, expected in (
+        (state, "resnet18", state),
+        (masked, "resnet18", state),
+        ({"state_dict": {f"module.{k}": v for k, v in state.items()}}, "resnet18", state),
+        (
+            {"model_state_dict": {f"resnet50.{k}": v for k, v in teacher.items()}, "epoch": 3},
+            "resnet50",
+            teacher,
+        ),
+    ):
+        torch.save(content, path)
+        model, meta = checkpoint.load(path)
+        assert meta["arch"] == arch and meta["num_classes"] == 10
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in expected.items())
+
+
+def test_masks_hide_what_lies_under_them(resnet18, path):
+    torch_prune.random_unstructured(resnet18.conv1, "weight", 0.5)
+    torch.save(resnet18.state_dict(), path)
+    model, meta = checkpoint.load(path)
+    assert torch.equal(model.conv1.weight, resnet18.conv1.weight)
+    assert meta["parameters"] == 11_181_642 - 64 * 3 * 49 // 2
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile-code-ran",)
+
+
+def edit(path, **changes):
+    content = torch.load(path, weights_only=True)
+    meta = {**content["meta"], **changes.pop("meta", {})}
+    torch.save({**content, "meta": meta, **changes}, path)
+
+
+def damage(path, kind):
+    """Make the good weights file `path` bad; returns what the message must say."""
+    content = torch.load(path, weights_only=True)
+    values, gaps = content["values"], content["gaps"]
+    plain = checkpoint.load(path)[0].state_dict()
+    if kind == "missing":
+        path.unlink()
+        return "No such file"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "empty"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:100_000])
+        return "truncated"
+    if kind == "text":
+        path.write_text("id,pred\n0,9\n")
+        return "not written by torch.save"
+    if kind == "folder":
+        path.unlink()
+        path.mkdir()
+        return "directory"
+    if kind == "code":
+        torch.save({"model": Hostile()}, path)
+        return "nothing was run"
+    if kind == "bare pickle":
+        path.write_bytes(pickle.dumps(Hostile()))
+        return "not written by torch.save"
+    if kind == "no state dict":
+        torch.save([1, 2, 3], path)
+        return "no state dict"
+    if kind == "other network":
+        torch.save(torch.nn.Linear(3, 4).state_dict(), path)
+        return "not the weights of a torchvision ResNet"
+    if kind == "other shapes":
+        plain["layer1.0.conv1.weight"] = torch.ones(64, 64, 5, 5)
+        torch.save(plain, path)
+        return r"layer1.0.conv1.weight is \(64, 64, 5, 5\)"
+    if kind == "lacks a layer":
+        del plain["layer2.0.bn1.bias"]
+        torch.save(plain, path)
+        return "layer2.0.bn1.bias is missing"
+    if kind == "more layers":
+        torch.save({**plain, "head.weight": torch.ones(1)}, path)
+        return "also has head.weight"
+    if kind == "architecture":
+        edit(path, meta={"arch": "resnet34"})
+        return "unknown architecture 'resnet34'"
+    if kind == "version":
+        edit(path, version=99)
+        return "version 99"
+    if kind == "NaN":
+        values[5] = torch.nan
+        edit(path, values=values)
+        return "not finite"
+    if kind == "over budget":
+        edit(path, meta={"budget": 99_999})
+        return "over its 99999"
+    if kind == "miscounted":
+        values[5] = 0
+        edit(path, values=values)
+        return "says 100000 parameters, but has 99999"
+    if kind == "positions":
+        gaps[7] = 0
+        edit(path, gaps=gaps)
+        return "do not fit together"
+    if kind == "positions beyond":
+        edit(path, gaps=torch.full_like(gaps, 60_000))
+        return "do not fit together"
+    if kind == "too few values":
+        edit(path, values=values[1:])
+        return "do not fit together"
+    if kind == "too many others":
+        edit(path, others=torch.ones(99))
+        return "do not fit together"
+    if kind == "dtype":
+        edit(path, values=values.double())
+        return "do not fit together"
+    if kind == "classes":
+        edit(path, meta={"num_classes": -1})
+        return "do not fit together"
+    raise AssertionError(kind)
+
+
+KINDS = (
+    "missing", "empty", "truncated", "text", "folder", "code", "bare pickle", "no state dict",
+    "other network", "other shapes", "lacks a layer", "more layers", "architecture", "version",
+    "NaN", "over budget", "miscounted", "positions", "positions beyond", "too few values",
+    "too many others", "dtype", "classes",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shipped_like(tmp_path_factory):
+    """A pruned file as train.py writes it, with random weights."""
+    torch.manual_seed(0)
+    model = models.build("resnet18", 10)
+    masks = prune.all_useful(model, 28, grey=True)
+    prune.apply_(model, prune.choose(model, masks, 100_000, 28, grey=True))
+    path = tmp_path_factory.mktemp("weights") / "pruned.pth"
+    checkpoint.save(path, model, META)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_weights_files_get_one_clear_line(kind, shipped_like, path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    path.write_bytes(shipped_like.read_bytes())
+    message = damage(path, kind)
+    with pytest.raises(checkpoint.CheckpointError, match=message) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert not (path.parent / "hostile-code-ran").exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_scratch(tmp_path):
+    path = tmp_path / "file.pth"
+    checkpoint.write(path, "old")
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.write(path, {"code": lambda: None})
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_outputs_that_cannot_be_written_are_found_before_the_work(tmp_path):
+    checkpoint.check_output(tmp_path / "new.csv")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path, tmp_path / "absent" / "x.csv", tmp_path / "file" / "x.csv"):
+        with pytest.raises(checkpoint.CheckpointError, match="cannot be written"):
+            checkpoint.check_output(bad)

@@ -1,0 +1,231 @@
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import idx_bytes
+from torch import Generator
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import InterpolationMode, resized_crop
+
+import data
+
+RATIO = (3 / 4, 4 / 3)
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_resized_crop_is_torchvisions(channels):
+    generator = Generator().manual_seed(0)
+    images = torch.randint(256, (64, *channels, 28, 28), dtype=torch.uint8, generator=generator)
+    boxes = data.crop_boxes(64, 28, generator, (0.1, 1), RATIO)
+    boxes[0] = torch.tensor([27, 27, 1, 1])
+    boxes[1] = torch.tensor([0, 0, 28, 28])
+    expected = [
+        resized_crop(i.float().view(-1, 28, 28), *box, [28, 28], InterpolationMode.BILINEAR)
+        for i, box in zip(images, boxes.tolist(), strict=True)
+    ]
+    out = data.resized_crop(images, boxes)
+    torch.testing.assert_close(out, torch.stack(expected).view(out.shape), atol=2e-3, rtol=0)
+    mirrored = data.resized_crop(images, boxes, torch.ones(64, dtype=bool))
+    torch.testing.assert_close(mirrored, out.flip(-1), atol=2e-3, rtol=0)
+
+
+def test_crop_boxes_are_drawn_as_torchvisions():
+    torch.manual_seed(0)
+    n, image = 20_000, torch.empty(1, 28, 28)
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(image, [0.3, 1.0], list(RATIO)) for _ in range(n)]
+    )
+    ours = data.crop_boxes(n, 28, Generator().manual_seed(0), (0.3, 1.0), RATIO)
+    top, left, height, width = ours.T
+    assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
+    assert (top + height <= 28).all() and (left + width <= 28).all()
+    for moment in (lambda b: b.float().mean(0), lambda b: b.float().std(0)):
+        torch.testing.assert_close(moment(ours), moment(theirs), atol=0.15, rtol=0)
+
+
+def test_a_box_that_never_fits_is_the_whole_image():
+    boxes = data.crop_boxes(5, 28, Generator().manual_seed(0), (1, 1), (1.5, 1.5))
+    assert boxes.tolist() == [[0, 0, 28, 28]] * 5
+
+
+def test_crops_differ_within_a_batch_and_follow_the_generator():
+    image = torch.arange(784, dtype=torch.float).view(1, 28, 28).expand(32, 28, 28)
+
+    def crop(seed):
+        return data.random_resized_crop(image, Generator().manual_seed(seed), (0.5, 1), flip=True)
+
+    assert len(crop(0).flatten(1).unique(dim=0)) == 32
+    assert torch.equal(crop(0), crop(0)) and not torch.equal(crop(0), crop(1))
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    image = torch.arange(28.0).expand(1000, 28, 28)
+    out = data.random_resized_crop(image, Generator().manual_seed(0), (1, 1), (1, 1), flip=True)
+    mirrored = out[:, 0, 0] > out[:, 0, -1]
+    assert 430 < mirrored.sum() < 570
+    assert torch.equal(out[mirrored], image[mirrored].flip(-1))
+
+
+def test_mixup_blends_images_and_targets_with_the_same_weights():
+    generator = Generator().manual_seed(0)
+    images = torch.rand(64, 28, 28, generator=generator)
+    targets = torch.eye(64)
+    mixed, soft = data.mixup(images, targets, 0.2, generator)
+    torch.testing.assert_close(soft.sum(1), torch.ones(64))
+    for i in range(64):
+        weight = soft[i, i]
+        torch.testing.assert_close(mixed[i], weight * images[i] + (1 - weight) * images[i - 1])
+        torch.testing.assert_close(soft[i, i - 1], 1 - weight)
+    assert data.mixup(images, targets, 0, generator)[0] is images
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.5, 1.0])
+def test_mixup_weights_follow_the_beta_distribution(alpha):
+    targets = torch.eye(2).repeat(20_000, 1)
+    _, soft = data.mixup(torch.zeros(40_000, 1), targets, alpha, Generator().manual_seed(0))
+    weight = soft[::2, 0].double()
+    quantiles = torch.linspace(0.1, 0.9, 9, dtype=torch.double)
+    torch.manual_seed(0)
+    expected = torch.distributions.Beta(*torch.tensor([alpha, alpha]).double()).sample((40_000,))
+    torch.testing.assert_close(
+        weight.quantile(quantiles), expected.quantile(quantiles), atol=0.02, rtol=0
+    )
+
+
+def test_validation_is_fixed_stratified_and_apart_from_training():
+    labels = torch.arange(600) % 10
+    train, val = data.split_validation(labels, 50)
+    assert labels[val].bincount().tolist() == [5] * 10
+    assert sorted(train.tolist() + val.tolist()) == list(range(600))
+    assert torch.equal(val, data.split_validation(labels, 50)[1])
+
+
+def test_batches_show_each_image_at_most_once():
+    seen = torch.cat(list(data.batches(100, 16, Generator().manual_seed(0))))
+    assert len(seen) == 96 == len(seen.unique())
+    assert seen.tolist() != sorted(seen.tolist())
+
+
+# --- finding, checking, fetching ----------------------------------------------------------------
+
+
+@pytest.fixture
+def archives(tmp_path, monkeypatch, tiny_data):
+    """The tiny files as .gz, known by their MD5."""
+    folder, known = tmp_path / "archives", {}
+    folder.mkdir()
+    for name in data.ARCHIVES:
+        packed = gzip.compress((tiny_data / name[:-3]).read_bytes(), mtime=0)
+        (folder / name).write_bytes(packed)
+        known[name] = (hashlib.md5(packed).hexdigest(),)
+    monkeypatch.setattr(data, "ARCHIVES", known)
+    return folder
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """No images on this machine, and a cache folder that is still empty."""
+    monkeypatch.setattr(data, "DEBIAN_DIR", tmp_path / "usr/share/datasets/fashion-mnist")
+    monkeypatch.setattr(data, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr(data, "DEBIAN_CACHE", tmp_path / "cache" / "debian")
+    return tmp_path / "cache"
+
+
+def test_archives_raw_files_and_torchvisions_layout_read_alike(archives, tiny_data, tiny_images):
+    layout = archives.parent / "layout"
+    shutil.copytree(archives, layout / "FashionMNIST" / "raw")
+    for folder in (archives, tiny_data, layout):
+        images, labels = data.load(data.find(folder), "train")
+        assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+        assert np.array_equal(images.numpy(), tiny_images["train_images"])
+        assert np.array_equal(labels.numpy(), tiny_images["train_labels"])
+
+
+def test_a_wrong_checksum_is_refused(archives):
+    path = archives / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(data.DataError, match=r"t10k-images.*MD5"):
+        data.load(archives, "test")
+    data.load(archives, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t10k-images-idx3-ubyte", b"", "not an IDX file"),
+        ("t10k-images-idx3-ubyte", idx_bytes(np.zeros((40, 28, 28), np.uint8))[:-1], "header says"),
+        ("t10k-images-idx3-ubyte", idx_bytes(np.zeros((39, 28, 28), np.uint8)), "39 test images"),
+        ("t10k-images-idx3-ubyte", idx_bytes(np.zeros((40, 784), np.uint8)), "not an IDX file"),
+        ("t10k-images-idx3-ubyte", bytes((0, 0, 8, 3)) + b"\xff" * 12, "header says"),
+        ("t10k-labels-idx1-ubyte", idx_bytes(np.full(40, 10, np.uint8)), "label 10"),
+    ],
+)
+def test_damaged_raw_files_are_refused(tmp_path, tiny_data, name, content, message):
+    shutil.copytree(tiny_data, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(data.DataError, match=message):
+        data.load(tmp_path, "test")
+
+
+def test_a_given_folder_without_the_files_is_refused_even_if_others_have_them(tmp_path):
+    with pytest.raises(data.DataError, match="are not there"):
+        data.find(tmp_path)
+
+
+def test_debians_folder_comes_before_a_download(archives, nowhere):
+    shutil.copytree(archives, data.DEBIAN_DIR)
+    assert data.find() == data.DEBIAN_DIR
+
+
+def test_torchvision_downloads_once(archives, nowhere, monkeypatch):
+    calls = []
+
+    def download(root, download):
+        calls.append(root)
+        shutil.copytree(archives, root / "FashionMNIST" / "raw")
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", download)
+    assert data.find() == nowhere / "FashionMNIST" / "raw" == data.find()
+    assert calls == [nowhere]
+
+
+def refuse(root, download):
+    raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs Debian's dpkg-deb")
+def test_debians_package_is_fetched_without_root(archives, nowhere, monkeypatch, tmp_path):
+    """dpkg-deb is the real one; apt-get is a stand-in that has the package at hand."""
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", refuse)
+    tree, commands = tmp_path / "tree", tmp_path / "bin"
+    shutil.copytree(archives, tree / data.DEBIAN_DIR.relative_to("/"))
+    (tree / "DEBIAN").mkdir()
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: dataset-fashion-mnist\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\n"
+        "Description: images\n"
+    )
+    package = tmp_path / "dataset-fashion-mnist_1_all.deb"
+    subprocess.run(["dpkg-deb", "-b", tree, package], check=True, capture_output=True)
+    commands.mkdir()
+    apt = commands / "apt-get"
+    apt.write_text(f'#!/bin/sh\ncase "$*" in *" download "*) cp {package} . ;; esac\n')
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    assert len(data.load(data.find(), "test")[0]) == 40
+    assert [path.name for path in nowhere.iterdir()] == ["debian"]
+
+
+def test_without_any_source_the_message_names_the_ways_out(nowhere, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", refuse)
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    with pytest.raises(data.DataError) as caught:
+        data.find()
+    message = str(caught.value)
+    assert "--data DIR" in message and "dataset-fashion-mnist" in message
+    assert "Error downloading" in message and "\n" not in message

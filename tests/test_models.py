@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+import models
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+def test_speed_up_computes_the_same_logits_and_gradients(arch):
+    torch.manual_seed(0)
+    plain = models.build(arch, 10).double()
+    fast = models.build(arch, 10).double()
+    fast.load_state_dict(plain.state_dict())
+    models.speed_up_(fast)
+    images = torch.randn(6, 3, 28, 28, dtype=torch.double)
+    labels = torch.arange(6)
+    for model in (plain, fast):
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+    torch.testing.assert_close(fast(images), plain(images))
+    for (name, a), b in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_speed_up_is_exact_for_other_image_sizes(resnet18):
+    fast = models.speed_up_(models.build("resnet18", 10)).eval()
+    fast.load_state_dict(resnet18.state_dict())
+    for size in (20, 32, 40, 65):
+        images = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(fast(images), resnet18.eval()(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "taps"),
+    [(1, 3, 1, 1, (1, 2)), (2, 3, 2, 1, (1, 3)), (2, 3, 1, 1, (0, 3)), (28, 7, 2, 3, (0, 7))],
+)
+def test_live_taps(size, kernel, stride, padding, taps):
+    assert models.live_taps(size, kernel, stride, padding) == taps
+
+
+def test_fold_batchnorm_keeps_the_function(resnet18):
+    images = torch.randn(4, 3, 28, 28)
+    folded = models.fold_batchnorm(resnet18)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    expected = resnet18.eval()(images)
+    torch.testing.assert_close(folded(images), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(models.speed_up_(folded)(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_normalize_gives_three_equal_channels_from_minus_one_to_one():
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(3, 1, 1).expand(3, 28, 28)
+    out = models.normalize(images)
+    assert out.shape == (3, 3, 28, 28) and out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out[:, :, 5, 7], torch.tensor([[-1.0], [1.0], [-0.6]]).expand(3, 3))
+    colour = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(models.normalize(colour), (colour / 255 - 0.5) / 0.5)
+
+
+def test_infer_does_not_depend_on_the_batch_size_and_averages_mirror_images(resnet18):
+    images = torch.randint(256, (7, 28, 28), dtype=torch.uint8)
+    whole = models.infer(resnet18, images)
+    assert whole.shape == (7, 10) and whole.dtype == torch.float32 and not resnet18.training
+    torch.testing.assert_close(models.infer(resnet18, images, 3), whole, atol=1e-5, rtol=1e-5)
+    mirrored = models.infer(resnet18, images.flip(-1))
+    both = models.infer(resnet18, images, tta=True)
+    torch.testing.assert_close(both, (whole + mirrored) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_accuracy_counts_right_answers():
+    logits = torch.eye(10)[torch.tensor([3, 1, 4, 1])]
+    assert models.accuracy(logits, torch.tensor([3, 1, 4, 5])) == 0.75
+
+
+def test_unknown_architectures_and_absent_devices_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="resnet34"):
+        models.build("resnet34", 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(models.DeviceError, match="--device cuda"):
+        models.choose_device("cuda")
+    assert models.choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_gpu_computes_what_the_cpu_computes(resnet18):
+    images = torch.randint(256, (16, 28, 28), dtype=torch.uint8)
+    expected = models.infer(resnet18, images)
+    torch.testing.assert_close(
+        models.infer(resnet18.cuda(), images).cpu(), expected, atol=1e-2, rtol=1e-2
+    )

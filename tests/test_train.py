@@ -1,0 +1,368 @@
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator
+
+import checkpoint
+import data
+import models
+import predict
+import prune
+import train
+
+
+def read_rows(path):
+    return list(csv.DictReader(path.open()))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "quick-seed0"
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def test_the_distillation_loss_is_its_formula():
+    generator = Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 10, generator=generator, dtype=torch.double)
+    targets = torch.rand(6, 10, generator=generator, dtype=torch.double).softmax(1)
+    weight, temperature = 0.7, 3.0
+    expected = 0.0
+    for s, t, y in zip(student, teacher, targets, strict=True):
+        p, q = (t / temperature).softmax(0), (s / temperature).softmax(0)
+        divergence = (p * (p / q).log()).sum()
+        labels = -(y * s.softmax(0).log()).sum()
+        expected += weight * temperature**2 * divergence + (1 - weight) * labels
+    loss = train.distillation_loss(student, teacher, targets, weight, temperature)
+    torch.testing.assert_close(loss, expected / 6)
+    equal = train.distillation_loss(teacher, teacher, targets, 1.0, temperature)
+    torch.testing.assert_close(equal, torch.zeros_like(equal))
+
+
+def test_the_learning_rate_rises_for_a_tenth_and_ends_at_zero():
+    rates = [train.learning_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[:9] == sorted(rates[:9]) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0.09 < max(rates) <= 0.1 and rates[-1] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", ["full", "cpu", "quick"])
+def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
+    stage = train.RECIPES[name].pruned
+    assert len(stage.cuts) == len(stage.epochs)
+    plan = [budget for part in train.budgets(stage, 4_228_570, 100_000) for budget in part]
+    cuts = [budget for budget in plan if budget is not None]
+    assert len(plan) == sum(stage.epochs) and len(cuts) == sum(stage.cuts)
+    assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 100_000
+    assert plan[-1] is None
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer):
+    torch.manual_seed(0)
+    stage = train.Stage((9,), optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
+    network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), bf16=False)
+    teacher = train.frozen(models.build("resnet18", 10), torch.device("cpu"), bf16=False)
+    images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
+
+    def steps():
+        network.model.train()
+        for _ in range(3):
+            network.step(images, targets, teacher, rate=0.01)
+            network.average.update_parameters(network.model)
+
+    steps()  # fills the momenta of weights that are pruned next
+    for budget in (1_000_000, 100_000):
+        network.cut(budget, 28, [images])
+        before = prune.weights(network.model)["layer1.0.conv1.weight"].clone()
+        steps()
+        after = prune.weights(network.model)["layer1.0.conv1.weight"]
+        assert not torch.equal(before, after)
+        assert prune.count(network.model) == prune.count(network.average.module) == budget
+        for model in (network.model, network.average.module):
+            for name, weight in prune.weights(model).items():
+                assert not weight[~network.masks[name]].any()
+
+
+def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given():
+    torch.manual_seed(0)
+    stage = train.Stage((1,), "sgd", 0.1, 0)
+    network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), bf16=False)
+    images = torch.randn(4, 1, 28, 28).expand(-1, 3, -1, -1)
+    network.cut(100_000, 28, [images])
+    out = network.model.conv1(images)
+    torch.testing.assert_close(network.model.bn1.running_mean, out.mean((0, 2, 3)))
+    torch.testing.assert_close(network.average.module.bn1.running_mean, out.mean((0, 2, 3)))
+
+
+def test_the_loop_learns(tiny, tiny_data, tmp_path):
+    """The real loop brings a network from chance to order on images with an easy pattern."""
+    recipe = replace(
+        train.RECIPES["quick"],
+        teacher=train.Stage((6,), "adamw", 2e-3, 0.05),
+        images=None,
+        mixup_alpha=0.0,
+        flip=False,
+    )
+    train.RECIPES["quick"] = recipe  # restored by the fixture
+    run = train.Run(tmp_path / "run", "quick", {"seed": 0, "budget": 100_000})
+    run.prepare(torch.device("cpu"), *data.load(tiny_data, "train"), full_train=False)
+    torch.manual_seed(0)
+    model = train.fit(run, "teacher", models.build("resnet18", 10))
+    assert models.accuracy(models.infer(model, run.val[0]), run.val[1]) > 0.6
+    losses = [row["loss"] for row in run.rows]
+    assert losses[-1] < losses[0] - 0.5
+
+
+# --- the whole ----------------------------------------------------------------------------------
+
+
+def test_the_whole_chain(tiny, folder, tmp_path, tiny_data, capsys):
+    assert train.main(tiny) == 0
+    printed = capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {
+        "teacher.pth", "student.pth", "pruned_resnet18.pth",
+        "metrics.csv", "curves.png", "summary.txt", "run.json",
+    }  # fmt: skip
+    assert "in all about" in printed and "the recipe full" in printed
+
+    model, meta = checkpoint.load(folder / "pruned_resnet18.pth")
+    assert meta["parameters"] == meta["budget"] == prune.count(model) == 100_000
+    assert meta["classes"] == list(data.CLASSES) and meta["image_size"] == 28
+    assert (folder / "pruned_resnet18.pth").stat().st_size < 700_000
+    assert "Total params: 100,000" in (folder / "summary.txt").read_text()
+    assert checkpoint.load(folder / "teacher.pth")[1]["arch"] == "resnet50"
+
+    rows = read_rows(folder / "metrics.csv")
+    assert [row["stage"] for row in rows] == ["teacher", "student"] + 4 * ["pruned"]
+    assert [row["round"] for row in rows[2:]] == ["1", "1", "2", "2"]
+    assert rows[-1]["parameters"] == "100000" == rows[-2]["parameters"] != rows[-3]["parameters"]
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates[3] == rates[5] == pytest.approx(0) and rates[4] > 0.001
+
+    record = json.loads((folder / "run.json").read_text())
+    assert record["torchinfo_total_params"] == 100_000
+    images, labels = data.load(tiny_data, "test")
+    accuracy = models.accuracy(models.infer(model, images), labels)
+    assert record["stages"]["pruned"]["test_accuracy"] == accuracy
+    assert record["stages"]["pruned"]["val_accuracy"] == meta["val_accuracy"]
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "results.csv").exists()  # quick runs are not results
+
+    output = tmp_path / "out.csv"
+    weights = str(folder / "pruned_resnet18.pth")
+    flags = ["-w", weights, "-o", str(output), "--data", str(tiny_data)]
+    assert predict.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "100,000 parameters" in printed and f"test accuracy {accuracy:.2%}" in printed
+    predictions = read_rows(output)
+    assert list(predictions[0]) == ["id", "pred"] and len(predictions) == len(labels)
+    assert [int(row["id"]) for row in predictions] == list(range(len(labels)))
+    right = sum(int(r["pred"]) == y for r, y in zip(predictions, labels.tolist(), strict=True))
+    assert right / len(labels) == pytest.approx(accuracy)
+
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert train.main(tiny) == 0
+    assert "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def weights_of(folder):
+    files = ("teacher.pth", "student.pth", "pruned_resnet18.pth")
+    return [
+        tensor
+        for name in files
+        for tensor in checkpoint.load(folder / name)[0].state_dict().values()
+    ]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def reference(tiny, folder):
+    """The weights of a run that was never stopped."""
+    assert train.main(tiny) == 0
+    weights = weights_of(folder)
+    rows = read_rows(folder / "metrics.csv")
+    folder.rename(folder.with_name("reference"))
+    return weights, rows
+
+
+def test_same_seed_same_weights_stopped_or_not(tiny, folder, reference, monkeypatch, capsys):
+    """Interrupted in every epoch but the first, and where each stage's file is to be written."""
+    expected, rows = reference
+    step, keep = train.Network.step, train.Run.keep
+    steps, kept = [], []
+
+    def step_or_stop(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 4 + 3:  # one epoch of four steps is done, and half of the next
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    def keep_or_stop(self, stage, model):
+        if stage not in kept:
+            kept.append(stage)
+            raise KeyboardInterrupt
+        return keep(self, stage, model)
+
+    def begin(run, teacher_file):
+        steps.clear()  # in the place of the time measurement, whose steps are left out
+
+    monkeypatch.setattr(train, "announce", begin)
+    monkeypatch.setattr(train.Network, "step", step_or_stop)
+    monkeypatch.setattr(train.Run, "keep", keep_or_stop)
+    codes = []
+    while not codes or codes[-1] == 130:
+        codes.append(train.main(tiny))
+    assert codes[-1] == 0 and codes.count(130) >= 6
+    assert "the same command goes on" in capsys.readouterr().err
+    assert equal(weights_of(folder), expected)
+    again = read_rows(folder / "metrics.csv")
+    for row in (*rows, *again):
+        row.pop("seconds")
+    assert again == rows
+
+
+def test_another_seed_gives_other_weights(tiny, folder, reference):
+    assert train.main([*tiny, "--seed", "1"]) == 0
+    assert not equal(weights_of(folder.with_name("quick-seed1")), reference[0])
+
+
+def test_a_given_teacher_is_used_and_none_is_trained(tiny, folder, tmp_path, monkeypatch):
+    """The course's file: the state dict in "model_state_dict", all keys prefixed."""
+    torch.manual_seed(5)
+    teacher = models.build("resnet50", 10)
+    state = {f"resnet50.{name}": tensor for name, tensor in teacher.state_dict().items()}
+    path = tmp_path / "resnet-50.pth"
+    torch.save({"model_state_dict": state}, path)
+    seen = []
+    frozen = train.frozen
+
+    def spy(model, device, bf16):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return frozen(model, device, bf16)
+
+    monkeypatch.setattr(train, "frozen", spy)
+    assert train.main([*tiny, "--teacher", str(path), "--full-train"]) == 0
+    assert not (folder / "teacher.pth").exists()
+    given = teacher.state_dict()
+    assert any(s.keys() == given.keys() and equal(s.values(), given.values()) for s in seen)
+    rows = read_rows(folder / "metrics.csv")
+    assert {row["stage"] for row in rows} == {"student", "pruned"}
+    assert {row["val_accuracy"] for row in rows} == {""}  # --full-train leaves no validation
+    assert checkpoint.load(folder / "pruned_resnet18.pth")[1]["parameters"] == 100_000
+
+
+def test_longer_recipes_write_a_results_row(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "cpu", train.RECIPES["quick"])
+    for seed in ("0", "1"):
+        assert train.main([*tiny[1:], "--recipe", "cpu", "--seed", seed, "--budget", "50000"]) == 0
+    rows = read_rows(tmp_path / "results.csv")
+    assert [(r["seed"], r["parameters"]) for r in rows] == [("0", "50000"), ("1", "50000")]
+    for row in rows:
+        record = json.loads((tmp_path / "runs" / row["name"] / "run.json").read_text())
+        assert float(row["pruned_test"]) == record["stages"]["pruned"]["test_accuracy"]
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "cuda"], "--device cuda"),
+        (["--budget", "10969"], "possible are 10,970"),
+        (["--budget", "5000000"], "to 4,228,554"),
+        (["--data", "absent"], "absent: the four"),
+        (["--teacher", "absent.pth"], "absent.pth: cannot be loaded: No such file"),
+        (["--name", "a/b"], "--name a/b"),
+        (["--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_bad_flags_end_with_one_line_before_any_work(
+    tiny, flags, message, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(train, "measure", None)
+    assert train.main([*tiny, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_of_another_kind_is_refused(tiny, tmp_path, capsys):
+    for arch, classes in (("resnet18", 10), ("resnet50", 7)):
+        checkpoint.save(
+            tmp_path / "t.pth", models.build(arch, classes), {"arch": arch, "num_classes": classes}
+        )
+        assert train.main([*tiny, "--teacher", str(tmp_path / "t.pth")]) == 2
+        assert f"a {arch} with {classes} classes" in capsys.readouterr().err
+
+
+def test_imagenet_weights_that_cannot_be_had_are_said_so(tiny, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    assert train.main([*tiny, "--imagenet"]) == 2
+    assert "--imagenet: the weights cannot be downloaded" in capsys.readouterr().err
+
+
+def test_other_settings_do_not_go_on_with_a_run(tiny, folder, monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", stop)
+        assert train.main(tiny) == 130
+    capsys.readouterr()
+    name = ["--name", folder.name]
+    assert train.main([*tiny, *name, "--budget", "90000", "--full-train"]) == 2
+    error = capsys.readouterr().err
+    assert "(budget, full_train)" in error and error.count("\n") == 1
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert train.main(tiny) == 2
+    assert "cannot be used for the run" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
+    tiny, folder, monkeypatch, capsys
+):
+    step = train.Network.step
+
+    def explode(self, images, targets, teacher, rate):
+        loss, logits = step(self, images, targets, teacher, rate)
+        return (loss * torch.nan if teacher is not None and rate else loss), logits
+
+    monkeypatch.setattr(train.Network, "step", explode)
+    assert train.main(tiny) == 1
+    assert "stage student, epoch 1: the loss is nan" in capsys.readouterr().err
+    assert (folder / "teacher.pth").exists() and not (folder / "student.pth").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_whole_chain_on_a_gpu(tiny, folder):
+    flags = ["cuda" if flag == "cpu" else flag for flag in tiny]
+    assert train.main(flags) == 0
+    assert checkpoint.load(folder / "pruned_resnet18.pth")[1]["parameters"] == 100_000
+
+
+def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
+    stage = train.Stage((1,), "sgd", 0.1, 0)
+    torch.manual_seed(0)
+    network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), bf16=False)
+    images, targets = torch.randn(4, 3, 28, 28), torch.rand(4, 10).softmax(1)
+    loss, logits = network.step(images, targets, None, rate=0.0)
+    torch.testing.assert_close(loss, -(targets * F.log_softmax(logits, 1)).sum(1).mean())
