@@ -261,6 +261,38 @@ def budgets(stage: Stage, start: int, budget: int) -> list[list[int | None]]:
     ]
 
 
+def train_epoch(
+    network: Network,
+    images: Images,
+    generator: Generator,
+    teacher: nn.Module | None,
+    rates: list[float],
+    title: str,
+) -> tuple[float, float]:
+    """One pass over `images`, a learning rate for each step; returns mean loss and accuracy.
+
+    Under mixup an answer is right if it is the class with the larger share. Loss and accuracy stay
+    on the device; the bar, if there is a terminal, reads them ten times.
+    """
+    network.model.train()
+    loss_sum = torch.zeros((), device=network.device)
+    accuracy = MulticlassAccuracy(images.classes, average="micro", validate_args=False)
+    accuracy = accuracy.to(network.device)
+    bar = tqdm(images.batches(generator), title, len(rates), leave=False, disable=None)
+    for step, (batch, targets) in enumerate(bar, start=1):
+        loss, logits = network.step(batch, targets, teacher, rates[step - 1])
+        loss_sum += loss
+        accuracy.update(logits, targets.argmax(1))
+        if step % AVERAGE_EVERY == 0:
+            network.average.update_parameters(network.model)
+        if not bar.disable and step % (len(rates) // 10 + 1) == 0:
+            mean, right = loss_sum.item() / step, accuracy.compute().item()
+            bar.set_postfix_str(f"loss {mean:.3f} accuracy {right:.1%}")
+    if network.masks is not None:
+        network.set_masks(network.masks)  # a kept weight that just is 0.0 would be miscounted
+    return loss_sum.item() / len(rates), accuracy.compute().item()
+
+
 def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
     """Train `model` as stage `name`; returns a copy with the weights that validation chose.
 
@@ -293,29 +325,13 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
         if budget is not None:
             few = zip(range(REFRESH), run.train.batches(generator), strict=False)
             network.cut(budget, run.image_size, [images for _, (images, _) in few])
-        network.model.train()
-        loss_sum = torch.zeros((), device=run.device)
-        metric = MulticlassAccuracy(run.train.classes, average="micro", validate_args=False)
-        metric = metric.to(run.device)
-        bar = tqdm(
-            run.train.batches(generator),
-            f"{name} {index + 1}/{len(plan)}",
-            run.train.steps,
-            leave=False,
-            disable=None,
-        )
-        for step, (images, targets) in enumerate(bar):
-            now, steps = epoch * run.train.steps + step, epochs * run.train.steps
-            rate = learning_rate(now, steps, stage.learning_rate)
-            loss, logits = network.step(images, targets, teacher, rate)
-            loss_sum += loss
-            metric.update(logits, targets.argmax(1))
-            if step % AVERAGE_EVERY == AVERAGE_EVERY - 1:
-                network.average.update_parameters(network.model)
-            if not bar.disable and step % (run.train.steps // 10 + 1) == 0:  # waits for the device
-                loss, accuracy = loss_sum.item() / (step + 1), metric.compute().item()
-                bar.set_postfix_str(f"loss {loss:.3f} accuracy {accuracy:.1%}")
-        loss = loss_sum.item() / run.train.steps
+        steps = run.train.steps
+        rates = [
+            learning_rate(epoch * steps + step, epochs * steps, stage.learning_rate)
+            for step in range(steps)
+        ]
+        title = f"{name} {index + 1}/{len(plan)}"
+        loss, accuracy = train_epoch(network, run.train, generator, teacher, rates, title)
         if not math.isfinite(loss):
             raise ArithmeticError(f"stage {name}, epoch {index + 1}: the loss is {loss}")
 
@@ -328,30 +344,28 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
                 chosen = network.average.module if averaged else network.model
                 weights = {k: v.clone() for k, v in chosen.state_dict().items()}
                 best = {"score": score, "epoch": index + 1, "averaged": averaged, "model": weights}
-        seconds = time.perf_counter() - began
+        parameters, seconds = prune.count(network.model), time.perf_counter() - began
         run.rows.append(
             {
                 "stage": name,
                 "round": number,
                 "epoch": index + 1,
-                "parameters": prune.count(network.model),
+                "parameters": parameters,
                 "loss": round(loss, 5),
-                "train_accuracy": round(metric.compute().item(), 5),
+                "train_accuracy": round(accuracy, 5),
                 "val_accuracy": "" if val is None else round(val, 5),
                 "val_accuracy_average": "" if val is None else round(val_average, 5),
-                "learning_rate": float(f"{rate:.3g}"),
+                "learning_rate": float(f"{rates[-1]:.3g}"),
                 "seconds": round(seconds, 1),
             }
         )
         run.save_state(name, index + 1, network, best)
         shown = "" if val is None else f"  val {val:.2%}  averaged {val_average:.2%}"
-        parameters = run.rows[-1]["parameters"]
-        tqdm.write(
+        print(
             f"{name:8}{index + 1:4}/{len(plan)}  {parameters:>10,} parameters  "
             f"loss {loss:.4f}{shown}  {seconds:.0f} s",
-            file=sys.stdout,
+            flush=True,
         )
-        sys.stdout.flush()
     model = copy.deepcopy(network.model)
     model.load_state_dict(best["model"])
     return model

@@ -1,13 +1,99 @@
-"""The documents against the code."""
+"""The documents against the code, and the shipped weights against what is said of them.
 
+`uv run tests/test_project.py` writes the README's tables anew, from results.csv and the weights.
+"""
+
+import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torchinfo
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import models  # noqa: E402
+import prune  # noqa: E402
+
+SHIPPED = ROOT / "pruned_resnet18.pth"
+
+
+def shipped_row() -> dict[str, str]:
+    """The row of results.csv that the shipped weights come from."""
+    meta = checkpoint.load(SHIPPED)[1]
+    with (ROOT / "results.csv").open() as file:
+        (row,) = [
+            row
+            for row in csv.DictReader(file)
+            if (row["recipe"], row["seed"]) == (meta["recipe"], str(meta["seed"]))
+            and row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
+        ]
+    return row
+
+
+def readme_tables() -> dict[str, str]:
+    """The README's generated parts, by the name in the comment before them."""
+    with (ROOT / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    results = [
+        "| run | network | parameters | validation | test |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        run = f"`--recipe {row['recipe']} --seed {row['seed']}`"
+        about = f"{run}, {float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
+        for stage, network, parameters in (
+            ("teacher", "ResNet50, teacher", "23.5 M"),
+            ("student", "ResNet18, distilled", "11.2 M"),
+            ("pruned", "**ResNet18, pruned**", f"**{int(row['parameters']):,}**"),
+        ):
+            val, test = (f"{float(row[f'{stage}_{part}']):.2%}" for part in ("val", "test"))
+            if stage == "pruned":
+                val, test = f"**{val}**", f"**{test}**"
+            results.append(f"| {about} | {network} | {parameters} | {val} | {test} |")
+            about = ""
+    model, _ = checkpoint.load(SHIPPED)
+    summary = torchinfo.summary(prune.masked(model), (1, 3, 28, 28), verbose=0)
+    layers = ["| layer | parameters | of |", "|---|---|---|"]
+    for name, weight in prune.weights(model).items():
+        layers.append(f"| {name[:-7]} | {int(weight.count_nonzero()):,} | {weight.numel():,} |")
+    fixed = prune.count_fixed(model)
+    layers.append(f"| BatchNorm, and the bias of fc | {fixed:,} | {fixed:,} |")
+    layers.append(f"| **Total params** | **{summary.total_params:,}** | 11,181,642 |")
+    layers.append(f"| Total mult-adds (M) | {summary.total_mult_adds / 1e6:.2f} | |")
+    return {"results": "\n".join(results), "layers": "\n".join(layers)}
+
+
+def part(readme: str, name: str) -> re.Match:
+    return re.search(rf"(<!-- {name}.*?-->\n)(.*?)(\n<!-- end of {name} -->)", readme, re.S)
+
+
+@pytest.mark.parametrize("name", ["results", "layers"])
+def test_the_readmes_tables_are_the_programs(name):
+    assert part((ROOT / "README.md").read_text(), name)[2] == readme_tables()[name]
+
+
+def test_the_shipped_weights_are_what_they_say():
+    model, meta = checkpoint.load(SHIPPED)
+    assert SHIPPED.stat().st_size < 700_000
+    assert meta["arch"] == "resnet18" and meta["budget"] == 100_000
+    assert prune.count(model) == 100_000
+    masks = {name: weight != 0 for name, weight in prune.weights(model).items()}
+    useful = prune.useful(model, masks, meta["image_size"], grey=True)
+    assert all(bool((useful[name] == masks[name]).all()) for name in masks)
+
+
+@pytest.mark.skipif(not data.DEBIAN_DIR.exists(), reason="needs the images, and fetches none")
+def test_the_shipped_weights_reach_the_accuracy_in_the_results():
+    model, _ = checkpoint.load(SHIPPED)
+    images, labels = data.load(data.DEBIAN_DIR, "test")
+    accuracy = models.accuracy(models.infer(model, images), labels)
+    assert f"{accuracy:.4f}" == shipped_row()["pruned_test"]
 
 
 def test_both_environments_list_the_same_dependencies():
@@ -42,3 +128,10 @@ def test_the_readme_names_every_file():
     readme = (ROOT / "README.md").read_text()
     for path in sorted(ROOT.glob("*.py")):
         assert re.search(rf"^\| `{path.name}` \|", readme, re.M), path.name
+
+
+if __name__ == "__main__":
+    text = (ROOT / "README.md").read_text()
+    for name, table in readme_tables().items():
+        text = text.replace(part(text, name)[0], part(text, name)[1] + table + part(text, name)[3])
+    checkpoint.write(ROOT / "README.md", text)
