@@ -302,10 +302,9 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
     stage: Stage = getattr(run.recipe, name)
     network = Network(model, stage, run.device, run.bf16)
     best: dict = {"score": -1.0}
-    first = 0
-    if run.state.get("stage") == name:
+    if first := run.epochs_done(name):
         network.load_state_dict(run.state["network"])
-        best, first = run.state["best"], run.state["epoch"]
+        best = run.state["best"]
         print(f"{name}: going on after epoch {first}")
 
     largest = prune.budget_range(model, run.image_size, grey=True)[1] if stage.cuts else 0
@@ -414,6 +413,12 @@ class Run:
                 "choose another --name, or the settings it was started with"
             )
         return known
+
+    def epochs_done(self, stage: str) -> int:
+        """How many epochs of `stage` need not be trained any more."""
+        if self.path(stage).exists():
+            return sum(getattr(self.recipe, stage).epochs)
+        return self.state["epoch"] if self.state.get("stage") == stage else 0
 
     def save_state(self, stage: str, epoch: int, network: Network, best: dict) -> None:
         """All that the next epoch needs; metrics.csv is written from the same rows."""
@@ -731,17 +736,20 @@ def announce(run: Run, teacher_file: Path | None) -> None:
     print(f"recipe {run.recipe_name}, seed {run.seed}, {images:,} images an epoch")
     seconds = measure(run, stages)
 
-    def minutes(recipe: Recipe, stage: str, images: int) -> float:
-        return sum(getattr(recipe, stage).epochs) * images * seconds[stage] / 60
-
+    total = 0.0
     for stage in stages:
-        epochs = " + ".join(map(str, getattr(run.recipe, stage).epochs))
-        expected = minutes(run.recipe, stage, images)
-        print(f"  {stage:8} {epochs} epochs, about {expected:.0f} minutes")
-    expected = sum(minutes(run.recipe, stage, images) for stage in stages)
-    print(f"  in all about {expected:.0f} minutes")
+        epochs: tuple[int, ...] = getattr(run.recipe, stage).epochs
+        done = run.epochs_done(stage)
+        minutes = (sum(epochs) - done) * images * seconds[stage] / 60
+        total += minutes
+        known = f" ({done} are done)" if done else ""
+        print(
+            f"  {stage:8} {' + '.join(map(str, epochs))} epochs{known}, about {minutes:.0f} minutes"
+        )
+    print(f"  in all about {total:.0f} minutes")
     if run.device.type == "cpu" and run.recipe_name != "full":
-        hours = sum(minutes(RECIPES["full"], stage, run.available) for stage in stages) / 60
+        epochs = {stage: sum(getattr(RECIPES["full"], stage).epochs) for stage in stages}
+        hours = sum(epochs[stage] * run.available * seconds[stage] for stage in stages) / 3600
         print(f"  (the recipe full, made for a GPU, would take about {hours:.0f} hours here)")
     sys.stdout.flush()
 
