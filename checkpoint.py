@@ -40,27 +40,20 @@ class CheckpointError(Exception):
 
 
 def write(path: Path, content: object) -> None:
-    """torch.save `content` (or write it, if str or bytes) so that `path` is either old or new."""
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """torch.save `content` (or write it, if str) so that `path` is either the old or the new."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            if isinstance(content, str | bytes):
-                file.write(content.encode() if isinstance(content, str) else content)
+        with scratch.open("wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
             else:
                 torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(scratch, 0o666 & ~_umask())
-        os.replace(scratch, path)
+        scratch.replace(path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_output(path: Path) -> None:
