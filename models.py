@@ -82,7 +82,7 @@ def infer(model: nn.Module, images_u8: Tensor, batch_size: int = 250, tta: bool 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of rows of `logits` (N, classes) whose largest entry is at `labels` (N,), in 0..1."""
-    return (logits.argmax(1) == labels.to(logits.device)).float().mean().item()
+    return (logits.argmax(1) == labels.to(logits.device)).sum().item() / len(labels)
 
 
 def live_taps(size: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:

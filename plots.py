@@ -12,21 +12,23 @@ import pandas as pd
 def curves(metrics: Path, picture: Path) -> None:
     """Accuracy, parameters and learning rate over all epochs of `metrics` (metrics.csv), as PNG."""
     rows = pd.read_csv(metrics)
-    epochs = range(1, len(rows) + 1)
     starts = rows.groupby(["stage", "round"], sort=False).head(1).index + 1
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(9, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
-    top.plot(epochs, 100 * rows.train_accuracy, color="tab:gray", label="train (augmented, mixed)")
-    top.plot(epochs, 100 * rows.val_accuracy, color="tab:blue", label="validation")
-    top.plot(
-        epochs, 100 * rows.val_accuracy_average, color="tab:orange", label="validation, averaged"
-    )
+    for column, color, label in (
+        ("train_accuracy", "tab:gray", "train (augmented, mixed)"),
+        ("val_accuracy", "tab:blue", "validation"),
+        ("val_accuracy_average", "tab:orange", "validation, averaged weights"),
+    ):
+        for _, part in rows.groupby("stage", sort=False):  # a line for each network
+            top.plot(part.index + 1, 100 * part[column], color=color, label=label)
+            label = None
     seen = rows[["train_accuracy", "val_accuracy", "val_accuracy_average"]].stack()
     top.set_ylim(100 * max(0, seen.quantile(0.1) - 0.03), 100 * min(1, seen.max() + 0.02))
     top.set_ylabel("accuracy, %")
     top.legend(loc="lower right")
-    bottom.semilogy(epochs, rows.parameters, color="tab:green", drawstyle="steps-mid")
+    bottom.semilogy(rows.index + 1, rows.parameters, color="tab:green", drawstyle="steps-mid")
     bottom.set_ylabel("parameters")
     bottom.set_xlabel("epoch")
     last = rows.parameters.iloc[-1]
@@ -39,7 +41,7 @@ def curves(metrics: Path, picture: Path) -> None:
         row = rows.iloc[start - 1]
         rounds = rows[rows.stage == row.stage]["round"].nunique()
         label = row.stage if rounds == 1 else f"{row.stage} {row['round']}"
-        top.annotate(label, (start - 0.4, 1), (0, -12), xycoords=("data", "axes fraction"),
+        top.annotate(label, (start, 1), (0, -12), xycoords=("data", "axes fraction"),
                      textcoords="offset points", fontsize=9)  # fmt: skip
     figure.savefig(picture, dpi=120)
     plt.close(figure)

@@ -268,7 +268,8 @@ def test_longer_recipes_write_a_results_row(tiny, tmp_path, monkeypatch):
     assert [(r["seed"], r["parameters"]) for r in rows] == [("0", "50000"), ("1", "50000")]
     for row in rows:
         record = json.loads((tmp_path / "runs" / row["name"] / "run.json").read_text())
-        assert float(row["pruned_test"]) == record["stages"]["pruned"]["test_accuracy"]
+        accuracy = record["stages"]["pruned"]["test_accuracy"]
+        assert row["pruned_test"] == f"{accuracy:.4f}"
 
 
 # --- bad input ----------------------------------------------------------------------------------
