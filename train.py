@@ -746,9 +746,9 @@ def announce(run: Run, teacher_file: Path | None) -> None:
         total += minutes
         known = f" ({done} are done)" if done else ""
         print(
-            f"  {stage:8} {' + '.join(map(str, epochs))} epochs{known}, about {minutes:.0f} minutes"
+            f"  {stage:8} {' + '.join(map(str, epochs))} epochs{known}, about {minutes:.1f} minutes"
         )
-    print(f"  in all about {total:.0f} minutes")
+    print(f"  in all about {total:.1f} minutes")
     if run.device.type == "cpu" and run.recipe_name != "full":
         epochs = {stage: sum(getattr(RECIPES["full"], stage).epochs) for stage in stages}
         hours = sum(epochs[stage] * run.available * seconds[stage] for stage in stages) / 3600
