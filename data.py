@@ -251,7 +251,7 @@ def mixup(
     if alpha == 0:
         return images, targets
     # Joehnk (1964): for uniform u, v, given u^(1/a) + v^(1/a) <= 1, u^(1/a) / (u^(1/a) + v^(1/a))
-    # is Beta(a, a). Sixteen tries; at a = 1, the worst case, one in 65,536 uses a rejected pair.
+    # is Beta(a, a). Sixteen tries; at a = 1 one pair in 65,536 is a rejected one, below fewer.
     u, v = torch.rand(2, 16, len(images), generator=generator, device=generator.device).pow(
         1 / alpha
     )

@@ -700,8 +700,8 @@ def start(args: argparse.Namespace) -> None:
     smallest, largest = prune.budget_range(probe, images_u8.shape[-1], grey=True)
     if not smallest <= args.budget <= largest:
         raise UsageError(
-            f"--budget {args.budget:,}: possible are {smallest:,} (BatchNorm, biases and "
-            f"at least {prune.FLOOR} weights a layer) to {largest:,} (all weights that can matter)"
+            f"--budget {args.budget:,}: possible are {smallest:,} (BatchNorm, biases, and "
+            f"the floors of all layers) to {largest:,} (all weights that can matter)"
         )
     if args.teacher is not None:
         _, meta = checkpoint.load(args.teacher)
