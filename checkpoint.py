@@ -3,7 +3,7 @@
 A weights file is a dict that `torch.load(weights_only=True)` reads:
 
     format    "pruned-resnet"
-    version   1
+    version   2
     meta      what the file knows about itself: arch, num_classes, classes, image_size, budget,
               parameters, and where it comes from (stage, recipe, seed, commit, val_accuracy)
     values    float32: the non-zero conv and linear weights, in the order of the state dict
@@ -12,9 +12,11 @@ A weights file is a dict that `torch.load(weights_only=True)` reads:
     others    float32: all other floating-point tensors, end to end (BatchNorm, biases)
     integers  int64: BatchNorm's batch counters
 
-Shapes are not stored: they follow from arch and num_classes.
+Shapes are not stored: they follow from arch and num_classes. In a pruned file, one with gaps, the
+four tensors are compressed without loss, see `_pack`.
 """
 
+import lzma
 import os
 import pickle
 import re
@@ -28,8 +30,16 @@ from torch import Tensor, nn
 import models
 import prune
 
-FORMAT, VERSION = "pruned-resnet", 1
+FORMAT, VERSION = "pruned-resnet", 2
 STEP = 65535  # the longest gap, which holds no value
+DTYPES = {
+    "values": torch.float32,
+    "gaps": torch.uint16,
+    "others": torch.float32,
+    "integers": torch.int64,
+}
+# Single bytes are modelled, without their neighbours: weights have no words to look for.
+LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "pb": 0, "dict_size": 2**20}]
 
 
 class CheckpointError(Exception):
@@ -104,16 +114,44 @@ def save(path: Path, model: nn.Module, meta: dict) -> None:
         gaps = gaps.to(torch.uint16)
     others = [t.flatten() for n, t in state.items() if n not in prunable and t.is_floating_point()]
     integers = [t.flatten() for t in state.values() if not t.is_floating_point()]
+    parts = {"values": flat, "others": torch.cat(others), "integers": torch.cat(integers)}
+    if gaps is not None:
+        parts = {name: _pack(tensor) for name, tensor in {**parts, "gaps": gaps}.items()}
     content = {
         "format": FORMAT,
         "version": VERSION,
         "meta": {**meta, "parameters": prune.count(model)},
-        "values": flat,
-        "gaps": gaps,
-        "others": torch.cat(others),
-        "integers": torch.cat(integers),
+        "gaps": None,
+        **parts,
     }
     write(path, content)
+
+
+def _pack(tensor: Tensor) -> Tensor:
+    """Compressed, as uint8: first every number's lowest byte, then every second, ...
+
+    Of a trained weight's four bytes, the highest (sign and exponent) shrinks to a quarter; the
+    others hardly at all. The xz container brings a checksum.
+    """
+    planes = tensor.view(torch.uint8).view(len(tensor), -1).t().contiguous()
+    packed = lzma.compress(planes.numpy().tobytes(), check=lzma.CHECK_CRC32, filters=LZMA)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, dtype: torch.dtype, most: int) -> Tensor:
+    """The reverse of `_pack`, (N,) of `dtype`; at most `most` numbers. Raises ValueError."""
+    size = dtype.itemsize
+    try:
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**24)
+        raw = decompressor.decompress(packed.numpy().tobytes(), most * size + 1)
+    except lzma.LZMAError as error:
+        raise ValueError(str(error)) from None
+    if len(raw) > most * size or len(raw) % size or not decompressor.eof:
+        raise ValueError("not the size that was announced")
+    if not raw:
+        return torch.empty(0, dtype=dtype)
+    planes = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(size, -1)
+    return planes.t().contiguous().view(-1).view(dtype)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
@@ -126,7 +164,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     """
     content = read(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        model, meta = _unpack(path, content)
+        model, meta = _from_file(path, content)
     else:
         model, meta = _from_state_dict(path, content)
     if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
@@ -139,7 +177,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     return model.to(device).eval(), meta
 
 
-def _unpack(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
+def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     """The reverse of `save`."""
     broken = CheckpointError(f"{path}: damaged, its parts do not fit together")
     if content.get("version") != VERSION:
@@ -155,19 +193,25 @@ def _unpack(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")
     model = models.build(meta["arch"], meta["num_classes"])
     state, prunable = model.state_dict(), prune.weights(model).keys()
-    values, gaps, others, integers = (
-        content.get(k) for k in ("values", "gaps", "others", "integers")
-    )
-    wanted = [(values, torch.float32), (others, torch.float32), (integers, torch.int64)]
-    if gaps is not None:
-        wanted.append((gaps, torch.uint16))
-    if not all(isinstance(t, Tensor) and t.dtype == d and t.dim() == 1 for t, d in wanted):
-        raise broken
     flat = torch.zeros(sum(state[name].numel() for name in prunable))
-    if gaps is None:
+    parts, packed = {}, content.get("gaps") is not None
+    for name, dtype in DTYPES.items():
+        part = content.get(name)
+        if name == "gaps" and not packed:
+            continue
+        wanted = torch.uint8 if packed else dtype
+        if not isinstance(part, Tensor) or part.dtype != wanted or part.dim() != 1:
+            raise broken
+        try:
+            parts[name] = _unpack(part, dtype, len(flat)) if packed else part
+        except ValueError:
+            raise broken from None
+    values, others, integers = parts["values"], parts["others"], parts["integers"]
+    if not packed:
         positions = torch.arange(len(flat))
     else:
-        positions = gaps.long().cumsum(0)[gaps.long() != STEP] - 1
+        gaps = parts["gaps"].long()
+        positions = gaps.cumsum(0)[gaps != STEP] - 1
         if len(positions) and not (positions[0] >= 0 and positions[-1] < len(flat)):
             raise broken
         if (positions.diff() <= 0).any():

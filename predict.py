@@ -18,6 +18,8 @@ import torch
 import checkpoint
 import data
 import models
+import prune
+import sparse
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,6 +44,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
     parser.add_argument(
+        "--engine",
+        choices=("auto", "dense", "sparse"),
+        default="auto",
+        help="sparse skips the zeros, on the CPU only; auto: where it is faster (default)",
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=250, metavar="N", help="images at a time (default: 250)"
     )
     args = parser.parse_args(argv)
@@ -53,6 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def predict(args: argparse.Namespace) -> None:
     """Check everything that was asked for, predict, write."""
     device = models.choose_device(args.device)
+    if args.engine == "sparse" and device.type != "cpu":
+        raise models.DeviceError(f"--engine sparse: runs on the CPU, not on {device.type}")
     checkpoint.check_output(args.output)
     model, meta = checkpoint.load(args.weights, device)
     if meta["num_classes"] != len(data.CLASSES):
@@ -60,7 +70,15 @@ def predict(args: argparse.Namespace) -> None:
             f"{args.weights}: has {meta['num_classes']} classes, the images {len(data.CLASSES)}"
         )
     images_u8, labels = data.load(data.find(args.data), "test")
+    engine = args.engine
+    if engine == "auto":
+        mostly_zeros = (
+            meta["parameters"] < sum(w.numel() for w in prune.weights(model).values()) / 2
+        )
+        engine = "sparse" if mostly_zeros and device.type == "cpu" else "dense"
     began = time.perf_counter()
+    if engine == "sparse":
+        model = sparse.SparseResNet(model, images_u8.shape[-1])
     logits = models.infer(model, images_u8, args.batch_size, args.tta)
     predictions = logits.argmax(1).cpu()
     seconds = time.perf_counter() - began
@@ -70,7 +88,7 @@ def predict(args: argparse.Namespace) -> None:
     print(
         f"{meta['arch']}, {meta['parameters']:,} parameters: test accuracy {accuracy:.2%}"
         f"{' with mirror images' if args.tta else ''}, {len(labels):,} images in {seconds:.1f} s "
-        f"on {device.type}, predictions in {args.output}"
+        f"on {device.type} ({engine}), predictions in {args.output}"
     )
 
 

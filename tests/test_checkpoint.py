@@ -43,7 +43,7 @@ def test_a_pruned_network_comes_back_bit_for_bit_from_a_small_file(pruned, path)
     pruned.layer4[1].conv1.weight.data.zero_()
     meta = {**META, "budget": 200_000}
     checkpoint.save(path, pruned, meta)
-    assert path.stat().st_size < 700_000
+    assert path.stat().st_size < 450_000
     model, known = checkpoint.load(path)
     assert same(model.state_dict(), pruned.state_dict())
     assert known == {**meta, "parameters": prune.count(pruned)}
@@ -96,15 +96,20 @@ class Hostile:
 
 
 def edit(path, **changes):
+    """Change entries of the file's meta, its other entries, and its tensors (packed again)."""
     content = torch.load(path, weights_only=True)
     meta = {**content["meta"], **changes.pop("meta", {})}
-    torch.save({**content, "meta": meta, **changes}, path)
+    packed = {k: checkpoint._pack(v) for k, v in changes.items() if isinstance(v, torch.Tensor)}
+    torch.save({**content, "meta": meta, **changes, **packed}, path)
 
 
 def damage(path, kind):
     """Make the good weights file `path` bad; returns what the message must say."""
     content = torch.load(path, weights_only=True)
-    values, gaps = content["values"], content["gaps"]
+    values, gaps = (
+        checkpoint._unpack(content[name], checkpoint.DTYPES[name], 10**6)
+        for name in ("values", "gaps")
+    )
     plain = checkpoint.load(path)[0].state_dict()
     if kind == "missing":
         path.unlink()
@@ -176,7 +181,17 @@ def damage(path, kind):
         edit(path, others=torch.ones(99))
         return "do not fit together"
     if kind == "dtype":
-        edit(path, values=values.double())
+        torch.save({**content, "values": values}, path)
+        return "do not fit together"
+    if kind == "flipped bit":
+        content["values"][100_000] ^= 1
+        torch.save(content, path)
+        return "do not fit together"
+    if kind == "cut short":
+        torch.save({**content, "values": content["values"][:-20]}, path)
+        return "do not fit together"
+    if kind == "bomb":  # a few kB that would fill the memory
+        edit(path, others=torch.zeros(15_000_000))
         return "do not fit together"
     if kind == "classes":
         edit(path, meta={"num_classes": -1})
@@ -188,7 +203,7 @@ KINDS = (
     "missing", "empty", "truncated", "text", "folder", "code", "bare pickle", "no state dict",
     "other network", "other shapes", "lacks a layer", "more layers", "architecture", "version",
     "NaN", "over budget", "miscounted", "positions", "positions beyond", "too few values",
-    "too many others", "dtype", "classes",
+    "too many others", "dtype", "flipped bit", "cut short", "bomb", "classes",
 )  # fmt: skip
 
 

@@ -30,11 +30,12 @@ def fails(flags, capsys, tmp_path):
     return error
 
 
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_weights(kind, flags, capsys, tmp_path, monkeypatch):
+def test_bad_weights(kind, engine, flags, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     damage(tmp_path / "weights.pth", kind)
-    assert "weights.pth" in fails(flags, capsys, tmp_path)
+    assert "weights.pth" in fails([*flags, "--engine", engine], capsys, tmp_path)
 
 
 def test_a_wrong_number_of_classes(flags, capsys, tmp_path):
@@ -52,6 +53,10 @@ def test_bad_outputs_are_found_before_the_work(flags, capsys, tmp_path, monkeypa
 def test_missing_images_and_devices(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--device cuda" in fails([*flags, "--device", "cuda"], capsys, tmp_path)
+    monkeypatch.setattr(models, "choose_device", lambda wanted: torch.device("meta"))
+    only = "--engine sparse: runs on the CPU"
+    assert only in fails([*flags, "--engine", "sparse"], capsys, tmp_path)
+    monkeypatch.undo()
     assert "absent" in fails([*flags, "--data", str(tmp_path / "absent")], capsys, tmp_path)
 
 
@@ -69,9 +74,13 @@ def test_mirror_images_and_batch_sizes_reach_the_network(flags, tmp_path, tiny_d
         ([], {}),
         (["--batch-size", "7"], {"batch_size": 7}),
         (["--tta"], {"tta": True}),
+        (["--engine", "dense"], {}),
+        (["--engine", "sparse"], {}),
     ):
         assert predict.main([*flags, *more]) == 0
         expected = models.infer(model, images, **options).argmax(1).tolist()
         with (tmp_path / "submission.csv").open() as file:
             assert [int(row["pred"]) for row in csv.DictReader(file)] == expected
-        assert ("with mirror images" in capsys.readouterr().out) == ("--tta" in more)
+        printed = capsys.readouterr().out
+        assert ("with mirror images" in printed) == ("--tta" in more)
+        assert ("(dense)" in printed) == ("dense" in more)  # mostly zeros: sparse by itself

@@ -1,0 +1,337 @@
+"""Every speed figure of the README, measured side by side on this machine.
+
+    uv run --group bench bench.py                   # 5 minutes on 2 cores
+    uv run --group bench bench.py --only predict    # 2 minutes
+
+Prints a table for each part and ends with one line of JSON. What is compared runs in turns, so that
+a machine that slows down slows down all; shown are medians, and the JSON holds the spread as well.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
+
+import checkpoint
+import data
+import models
+import prune
+import sparse
+import train
+
+WEIGHTS = Path(__file__).resolve().parent / "pruned_resnet18.pth"
+BATCHES = (1, 32, 256, 1024)
+PARTS = ("predict", "train", "files")
+ROUNDS = 5  # of all that is compared, in turns
+SECONDS = 0.3  # at least, that each is run in a round
+
+
+def alternate(runs: dict[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, list]:
+    """Seconds of one call of each of `runs`: a figure, itself a mean, for each of ROUNDS turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():  # warm up
+        run()
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            began, calls = time.perf_counter(), 0
+            while calls == 0 or time.perf_counter() - began < seconds:
+                run()
+                calls += 1
+            times[name].append((time.perf_counter() - began) / calls)
+    return times
+
+
+def summary(figures: list[float], digits: int = 0) -> dict[str, float]:
+    """Median and range."""
+    values = {"median": statistics.median(figures), "min": min(figures), "max": max(figures)}
+    return {name: round(value, digits) for name, value in values.items()}
+
+
+# --- predict ------------------------------------------------------------------------------------
+
+
+def engines(model: nn.Module, device: torch.device, example: Tensor) -> dict[str, Callable]:
+    """What runs the network, by name: each takes float32 images (N, 3, H, H), gives logits."""
+    fp32 = model.to(device)
+    bf16 = train.frozen(model, device, bf16=True)
+    made: dict[str, Callable] = {
+        "dense_fp32": fp32,
+        "dense_bf16": lambda images: bf16(images.to(torch.bfloat16)),
+    }
+    if device.type != "cpu":
+        return made
+    made["sparse"] = sparse.SparseResNet(model, example.shape[-1])
+    threads = torch.get_num_threads()
+    try:
+        import onnxruntime
+    except ImportError:
+        print("onnxruntime: not installed (--group bench)", file=sys.stderr)
+    else:
+        file = io.BytesIO()
+        batch = {0: torch.export.Dim("batch")}
+        export = {"input_names": ["images"], "dynamic_shapes": (batch,), "verbose": False}
+        torch.onnx.export(model, (example,), dynamo=True, **export).save(file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(file.getvalue(), options)
+        made["onnxruntime"] = lambda images: session.run(None, {"images": images.numpy()})[0]
+    try:
+        import openvino
+    except ImportError:
+        print("openvino: not installed (--group bench)", file=sys.stderr)
+    else:
+        made["openvino"] = OpenVino(openvino, model, threads)
+    return made
+
+
+class OpenVino:
+    """The network compiled by OpenVINO for each batch size it meets, in OpenVINO's own choice of
+    precision (bf16 where the CPU has it)."""
+
+    def __init__(self, openvino, model: nn.Module, threads: int):
+        self.openvino, self.model = openvino, model
+        self.config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        self.compiled: dict[int, object] = {}
+
+    def __call__(self, images: Tensor) -> object:
+        if len(images) not in self.compiled:
+            converted = self.openvino.convert_model(self.model, example_input=images)
+            converted.reshape(list(images.shape))
+            compiled = self.openvino.compile_model(converted, "CPU", self.config)
+            self.compiled[len(images)] = compiled.create_infer_request()
+        return self.compiled[len(images)].infer([images.numpy()])[0]
+
+
+@torch.inference_mode()
+def predict(weights: Path, folder: Path, device: torch.device) -> dict:
+    """Images per second: forward passes of batches that are in memory."""
+    model, _ = checkpoint.load(weights)
+    images_u8, _ = data.load(folder, "test")
+    images = models.normalize(images_u8[: max(BATCHES)]).contiguous().to(device)
+    made = engines(model, device, images[:2].cpu())
+    results: dict[str, dict] = {name: {} for name in made}
+    print(f"{'images/s':14}" + "".join(f"{f'batch {n}':>12}" for n in BATCHES), flush=True)
+    for n in BATCHES:
+        batch = images[:n].clone()
+
+        def run(engine: Callable, batch: Tensor = batch) -> None:
+            engine(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        times = alternate({name: lambda e=engine: run(e) for name, engine in made.items()})
+        for name, seconds in times.items():
+            results[name][str(n)] = summary([n / s for s in seconds])
+    for name, row in results.items():
+        print(f"{name:14}" + "".join(f"{row[str(n)]['median']:>12,.0f}" for n in BATCHES))
+    return results
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+def training(folder: Path, device: torch.device) -> dict:
+    """Seconds of one step of distillation while pruning: as train.py does it, the bare work of its
+    networks on a batch that is there already, and the way such a loop is usually written."""
+    name = "full" if device.type == "cuda" else "cpu"
+    few = (16 if device.type == "cpu" else 200) * train.RECIPES[name].batch_size
+    with tempfile.TemporaryDirectory() as scratch:
+        run = train.Run(Path(scratch), name, {"seed": 0, "budget": 100_000})
+        images_u8, labels = data.load(folder, "train")
+        run.prepare(device, images_u8, labels, full_train=False)
+    recipe, stage = run.recipe, run.recipe.pruned
+    images = train.Images(images_u8[:few].to(device), labels[:few].to(device), recipe, 10)
+    rates = [1e-3] * images.steps
+
+    plain_teacher = run.build("teacher").to(device).eval()
+    teacher = train.frozen(plain_teacher, device, run.bf16)
+    network = train.Network(run.build("student"), stage, device, run.bf16)
+    network.cut(run.budget, run.image_size, [])
+    bare = train.Network(run.build("student"), stage, device, run.bf16)
+    fixed, targets = next(iter(images.batches(run.generator("pruned", 0))))
+
+    def ours() -> None:
+        train.train_epoch(network, images, run.generator("pruned", 0), teacher, rates, "")
+
+    def only_networks() -> None:
+        for _ in rates:
+            with torch.no_grad():
+                teacher(fixed.to(teacher.fc.weight.dtype))
+            with bare.autocast():
+                logits = bare.model(fixed)
+            bare.optimizer.zero_grad()
+            F.cross_entropy(logits.float(), targets).backward()
+            bare.optimizer.step()
+
+    usual = UsualLoop(run, images_u8[:few], labels[:few], plain_teacher)
+    runs = {"ours": ours, "bare": only_networks, "usual": usual}
+    steps = {
+        loop: [seconds / images.steps for seconds in times]
+        for loop, times in alternate(runs, seconds=0).items()
+    }
+    results = {loop: summary([1000 * s for s in seconds], 1) for loop, seconds in steps.items()}
+    ours_ms = results["ours"]["median"]
+    results["ours_over_bare"] = round(ours_ms / results["bare"]["median"], 3)
+    results["usual_over_ours"] = round(results["usual"]["median"] / ours_ms, 2)
+    if device.type == "cuda":
+        results["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
+    results["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    print(f"\n{'step of ' + str(recipe.batch_size) + ' images':36}{'ms':>8}")
+    for loop, title in (
+        ("ours", "train.py"),
+        ("bare", "its networks alone, on a fixed batch"),
+        ("usual", "PIL, DataLoader, fp32, eager"),
+    ):
+        print(f"{title:36}{results[loop]['median']:>8,.1f}")
+    return results
+
+
+class UsualLoop:
+    """The same training as most people write it: PIL transforms in DataLoader workers, plain
+    networks in fp32, masks from torch.nn.utils.prune, metrics read at each step."""
+
+    def __init__(self, run: train.Run, images_u8: Tensor, labels: Tensor, teacher: nn.Module):
+        recipe = run.recipe
+        self.device, self.stage, self.teacher = run.device, recipe.pruned, teacher
+        self.mixup = torch.distributions.Beta(recipe.mixup_alpha, recipe.mixup_alpha)
+        transform = v2.Compose(
+            [
+                v2.Grayscale(3),
+                v2.RandomResizedCrop(run.image_size, recipe.crop_scale),
+                v2.RandomHorizontalFlip(),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize([0.5] * 3, [0.5] * 3),
+            ]
+        )
+        samples = [
+            (Image.fromarray(image.numpy()), int(label))
+            for image, label in zip(images_u8, labels, strict=True)
+        ]
+        self.loader = DataLoader(
+            [*samples],
+            recipe.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=os.cpu_count(),
+            persistent_workers=True,
+            collate_fn=Collate(transform),
+        )
+        model = run.build("student").to(run.device)
+        self.model = prune.masked(model)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        self.accuracy = MulticlassAccuracy(10, average="micro").to(run.device)
+
+    def __call__(self) -> None:
+        self.model.train()
+        for images, labels in self.loader:
+            images, labels = images.to(self.device), labels.to(self.device)
+            share = self.mixup.sample().item()
+            images = share * images + (1 - share) * images.roll(1, 0)
+            targets = F.one_hot(labels, 10).float()
+            targets = share * targets + (1 - share) * targets.roll(1, 0)
+            with torch.no_grad():
+                teacher_logits = self.teacher(images)
+            logits = self.model(images)
+            kd = self.stage.kd_weight, self.stage.temperature
+            loss = train.distillation_loss(logits, teacher_logits, targets, *kd)
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.CLIP)
+            self.optimizer.step()
+            loss.item(), self.accuracy(logits, labels).item()
+
+
+class Collate:
+    """Transform and stack a list of (PIL image, label), in a worker."""
+
+    def __init__(self, transform: Callable):
+        self.transform = transform
+
+    def __call__(self, samples: list) -> tuple[Tensor, Tensor]:
+        images = torch.stack([self.transform(image) for image, _ in samples])
+        return images, torch.tensor([label for _, label in samples])
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def files(weights: Path) -> dict:
+    """Bytes of the weights as we write them and as a plain state dict, and seconds to load them."""
+    model, _ = checkpoint.load(weights)
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "plain.pth"
+        torch.save(model.state_dict(), plain)
+        times = alternate(
+            {
+                "pruned": lambda: checkpoint.load(weights),
+                "plain": lambda: models.build("resnet18", 10).load_state_dict(torch.load(plain)),
+            }
+        )
+        results = {
+            name: {
+                "bytes": path.stat().st_size,
+                "load_ms": summary([1000 * s for s in times[name]]),
+            }
+            for name, path in (("pruned", weights), ("plain", plain))
+        }
+    print(f"\n{'file':36}{'kB':>8}{'load, ms':>12}")
+    for name, title in (("pruned", weights.name), ("plain", "torch.save(model.state_dict())")):
+        row = results[name]
+        print(f"{title:36}{row['bytes'] / 1000:>8,.0f}{row['load_ms']['median']:>12,.0f}")
+    return results
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure the README's speed figures.")
+    parser.add_argument("--only", choices=PARTS, help="one part of the figures")
+    parser.add_argument(
+        "-w", "--weights", type=Path, default=WEIGHTS, metavar="FILE",
+        help="of the network that predicts (default: pruned_resnet18.pth)",
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the images")
+    parser.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
+    args = parser.parse_args(argv)
+    torch.set_flush_denormal(True)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of OpenVINO's use of torch.jit
+    try:
+        device = models.choose_device(args.device)
+        folder = data.find(args.data)
+        print(f"{train.device_name(device)}, {torch.get_num_threads()} threads", flush=True)
+        parts = {
+            "predict": lambda: predict(args.weights, folder, device),
+            "train": lambda: training(folder, device),
+            "files": lambda: files(args.weights),
+        }
+        results = {name: part() for name, part in parts.items() if args.only in (None, name)}
+    except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    machine = {"device": train.device_name(device), "threads": torch.get_num_threads()}
+    print(json.dumps({**machine, "commit": train.commit(), **results}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

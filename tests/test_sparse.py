@@ -1,0 +1,94 @@
+import pytest
+import torch
+from test_project import SHIPPED
+
+import checkpoint
+import models
+import prune
+import sparse
+
+
+def images(n, size=28, grey=True):
+    x = torch.randn(n, 1 if grey else 3, size, size, generator=torch.Generator().manual_seed(n))
+    return x.expand(-1, 3, -1, -1)
+
+
+@torch.inference_mode()
+def differs(engine, model, x):
+    """The largest difference of logits, against float64."""
+    return float((engine(x) - model.double()(x.double())).abs().max())
+
+
+def prune_to(model, budget, size=28):
+    masks = prune.all_useful(model, size, grey=True)
+    prune.fold_equal_channels_(model)
+    prune.apply_(model, prune.choose(model, masks, budget, size, grey=True))
+    return model.eval()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 33, 250])
+def test_the_shipped_network_in_batches_of_all_sizes(n):
+    model, _ = checkpoint.load(SHIPPED)
+    assert differs(sparse.SparseResNet(model, 28), model, images(n)) < 1e-4
+
+
+@pytest.mark.parametrize("budget", [10_970, 1_000_000])
+def test_budgets_down_to_the_floors(budget, resnet18):
+    engine = sparse.SparseResNet(prune_to(resnet18, budget), 28)
+    assert differs(engine, resnet18, images(20)) < 1e-4
+
+
+def test_dense_weights_other_sizes_colour_and_resnet50(resnet18):
+    for size, grey in ((28, True), (32, False), (40, False)):
+        engine = sparse.SparseResNet(resnet18, size, grey)
+        assert differs(engine, resnet18.eval(), images(3, size, grey)) < 1e-4
+    model = models.build("resnet50", 3).eval()
+    engine = sparse.SparseResNet(model, 32, grey=False)
+    assert differs(engine, model, images(17, 32, grey=False)) < 1e-4
+
+
+def test_dead_channels_and_empty_layers(resnet18):
+    with torch.no_grad():
+        resnet18.conv1.weight[5] = 0  # constant after ReLU, and seen by what pads its maps
+        resnet18.layer1[0].conv1.weight.zero_()
+        resnet18.layer2[0].downsample[0].weight.zero_()
+        resnet18.layer3[1].conv2.weight[:, 7] = 0
+        resnet18.fc.weight[3] = 0
+    engine = sparse.SparseResNet(resnet18, 28)
+    assert differs(engine, resnet18.eval(), images(20)) < 1e-4
+
+
+def test_narrow_vectors_and_few_registers_compute_the_same(resnet18, monkeypatch):
+    prune_to(resnet18, 50_000)
+    for lanes, registers in ((8, 16), (4, 32), (4, 16)):
+        monkeypatch.setattr(sparse, "_host", lambda host=(lanes, registers): host)
+        engine = sparse.SparseResNet(resnet18, 28)
+        assert differs(engine, resnet18, images(21)) < 1e-4
+
+
+def test_any_layout_of_images_and_none_at_all():
+    engine = sparse.SparseResNet(checkpoint.load(SHIPPED)[0], 28, grey=False)
+    x = images(19, grey=False).contiguous()
+    expected = engine(x)
+    assert torch.equal(engine(x.contiguous(memory_format=torch.channels_last)), expected)
+    assert torch.equal(engine(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)), expected)
+    assert engine(x[:0]).shape == (0, 10)
+    for bad in (images(2, 32), images(2).double(), images(2)[:, :1]):
+        with pytest.raises(ValueError, match="expected float32"):
+            engine(bad)
+
+
+def test_multiply_adds_are_weights_times_positions():
+    model, _ = checkpoint.load(SHIPPED)
+    counted = []
+
+    def count(module, _, output):
+        positions = output[0, 0].numel()  # a classifier's output has none, and is used once
+        counted.append(int(module.weight.count_nonzero()) * positions)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(count)
+    with torch.inference_mode():
+        model(images(1))
+    assert sparse.Plan(model, 28, 1).multiply_adds == sum(counted)
