@@ -57,10 +57,22 @@ def alternate(runs: dict[str, Callable[[], object]], seconds: float = SECONDS) -
     return times
 
 
-def summary(figures: list[float], digits: int = 0) -> dict[str, float]:
-    """Median and range."""
-    values = {"median": statistics.median(figures), "min": min(figures), "max": max(figures)}
-    return {name: round(value, digits) for name, value in values.items()}
+class Figures:
+    """Medians for the tables, and the ranges they lie in: nested dicts of the same shape."""
+
+    def __init__(self):
+        self.medians: dict = {}
+        self.ranges: dict = {}
+
+    def add(self, figures: list[float], *keys: str, digits: int = 0) -> None:
+        low, middle, high = min(figures), statistics.median(figures), max(figures)
+        for tree, value in (
+            (self.medians, round(middle, digits)),
+            (self.ranges, [round(low, digits), round(high, digits)]),
+        ):
+            for key in keys[:-1]:
+                tree = tree.setdefault(key, {})
+            tree[keys[-1]] = value
 
 
 # --- predict ------------------------------------------------------------------------------------
@@ -119,13 +131,13 @@ class OpenVino:
 
 
 @torch.inference_mode()
-def predict(weights: Path, folder: Path, device: torch.device) -> dict:
+def predict(weights: Path, folder: Path, device: torch.device) -> Figures:
     """Images per second: forward passes of batches that are in memory."""
     model, _ = checkpoint.load(weights)
     images_u8, _ = data.load(folder, "test")
     images = models.normalize(images_u8[: max(BATCHES)]).contiguous().to(device)
     made = engines(model, device, images[:2].cpu())
-    results: dict[str, dict] = {name: {} for name in made}
+    results = Figures()
     print(f"{'images/s':14}" + "".join(f"{f'batch {n}':>12}" for n in BATCHES), flush=True)
     for n in BATCHES:
         batch = images[:n].clone()
@@ -137,16 +149,16 @@ def predict(weights: Path, folder: Path, device: torch.device) -> dict:
 
         times = alternate({name: lambda e=engine: run(e) for name, engine in made.items()})
         for name, seconds in times.items():
-            results[name][str(n)] = summary([n / s for s in seconds])
-    for name, row in results.items():
-        print(f"{name:14}" + "".join(f"{row[str(n)]['median']:>12,.0f}" for n in BATCHES))
+            results.add([n / s for s in seconds], name, str(n))
+    for name, row in results.medians.items():
+        print(f"{name:14}" + "".join(f"{row[str(n)]:>12,.0f}" for n in BATCHES))
     return results
 
 
 # --- train --------------------------------------------------------------------------------------
 
 
-def training(folder: Path, device: torch.device) -> dict:
+def training(folder: Path, device: torch.device) -> Figures:
     """Seconds of one step of distillation while pruning: as train.py does it, the bare work of its
     networks on a batch that is there already, and the way such a loop is usually written."""
     name = "full" if device.type == "cuda" else "cpu"
@@ -181,24 +193,22 @@ def training(folder: Path, device: torch.device) -> dict:
 
     usual = UsualLoop(run, images_u8[:few], labels[:few], plain_teacher)
     runs = {"ours": ours, "bare": only_networks, "usual": usual}
-    steps = {
-        loop: [seconds / images.steps for seconds in times]
-        for loop, times in alternate(runs, seconds=0).items()
-    }
-    results = {loop: summary([1000 * s for s in seconds], 1) for loop, seconds in steps.items()}
-    ours_ms = results["ours"]["median"]
-    results["ours_over_bare"] = round(ours_ms / results["bare"]["median"], 3)
-    results["usual_over_ours"] = round(results["usual"]["median"] / ours_ms, 2)
+    results = Figures()
+    for loop, seconds in alternate(runs, seconds=0).items():
+        results.add([1000 * s / images.steps for s in seconds], loop, digits=1)
+    row = results.medians
+    row["ours_over_bare"] = round(row["ours"] / row["bare"], 3)
+    row["usual_over_ours"] = round(row["usual"] / row["ours"], 2)
     if device.type == "cuda":
-        results["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
-    results["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+        row["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
+    row["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
     print(f"\n{'step of ' + str(recipe.batch_size) + ' images':36}{'ms':>8}")
     for loop, title in (
         ("ours", "train.py"),
         ("bare", "its networks alone, on a fixed batch"),
         ("usual", "PIL, DataLoader, fp32, eager"),
     ):
-        print(f"{title:36}{results[loop]['median']:>8,.1f}")
+        print(f"{title:36}{row[loop]:>8,.1f}")
     return results
 
 
@@ -274,7 +284,7 @@ class Collate:
 # --- files --------------------------------------------------------------------------------------
 
 
-def files(weights: Path) -> dict:
+def files(weights: Path) -> Figures:
     """Bytes of the weights as we write them and as a plain state dict, and seconds to load them."""
     model, _ = checkpoint.load(weights)
     with tempfile.TemporaryDirectory() as scratch:
@@ -286,17 +296,14 @@ def files(weights: Path) -> dict:
                 "plain": lambda: models.build("resnet18", 10).load_state_dict(torch.load(plain)),
             }
         )
-        results = {
-            name: {
-                "bytes": path.stat().st_size,
-                "load_ms": summary([1000 * s for s in times[name]]),
-            }
-            for name, path in (("pruned", weights), ("plain", plain))
-        }
+        results = Figures()
+        for name, path in (("pruned", weights), ("plain", plain)):
+            results.add([path.stat().st_size], name, "bytes")
+            results.add([1000 * s for s in times[name]], name, "load_ms")
     print(f"\n{'file':36}{'kB':>8}{'load, ms':>12}")
     for name, title in (("pruned", weights.name), ("plain", "torch.save(model.state_dict())")):
-        row = results[name]
-        print(f"{title:36}{row['bytes'] / 1000:>8,.0f}{row['load_ms']['median']:>12,.0f}")
+        row = results.medians[name]
+        print(f"{title:36}{row['bytes'] / 1000:>8,.0f}{row['load_ms']:>12,.0f}")
     return results
 
 
@@ -329,7 +336,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     machine = {"device": train.device_name(device), "threads": torch.get_num_threads()}
-    print(json.dumps({**machine, "commit": train.commit(), **results}))
+    medians = {name: part.medians for name, part in results.items()}
+    ranges = {name: part.ranges for name, part in results.items()}
+    print(json.dumps({**machine, "commit": train.commit(), **medians, "ranges": ranges}))
     return 0
 
 
