@@ -11,13 +11,12 @@ import argparse
 import io
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -169,6 +168,10 @@ def training(folder: Path, device: torch.device) -> Figures:
         run.prepare(device, images_u8, labels, full_train=False)
     recipe, stage = run.recipe, run.recipe.pruned
     images = train.Images(images_u8[:few].to(device), labels[:few].to(device), recipe, 10)
+
+    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+        return images.batches(torch.Generator(device).manual_seed(0))
+
     rates = [1e-3] * images.steps
 
     plain_teacher = run.build("teacher").to(device).eval()
@@ -176,10 +179,11 @@ def training(folder: Path, device: torch.device) -> Figures:
     network = train.Network(run.build("student"), stage, device, run.bf16)
     network.cut(run.budget, run.image_size, [])
     bare = train.Network(run.build("student"), stage, device, run.bf16)
-    fixed, targets = next(iter(images.batches(run.generator("pruned", 0))))
+    fixed, targets = next(iter(batches()))
 
     def ours() -> None:
-        train.train_epoch(network, images, run.generator("pruned", 0), teacher, rates, "")
+        progress = train.Progress(images.steps, images.classes, device)
+        train.train_epoch(network, batches(), teacher, rates, progress, run.stop)
 
     def only_networks() -> None:
         for _ in rates:
@@ -199,9 +203,7 @@ def training(folder: Path, device: torch.device) -> Figures:
     row = results.medians
     row["ours_over_bare"] = round(row["ours"] / row["bare"], 3)
     row["usual_over_ours"] = round(row["usual"] / row["ours"], 2)
-    if device.type == "cuda":
-        row["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
-    row["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    row["peak_memory_mb"] = train.peak_memory_mb(device)
     print(f"\n{'step of ' + str(recipe.batch_size) + ' images':36}{'ms':>8}")
     for loop, title in (
         ("ours", "train.py"),

@@ -16,12 +16,15 @@ Shapes are not stored: they follow from arch and num_classes. In a pruned file, 
 four tensors are compressed without loss, see `_pack`.
 """
 
+import contextlib
+import io
 import lzma
 import os
 import pickle
 import re
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -31,6 +34,7 @@ import models
 import prune
 
 FORMAT, VERSION = "pruned-resnet", 2
+CLASSES = 10_000  # more are taken for damage: a file must not fill the memory
 STEP = 65535  # the longest gap, which holds no value
 DTYPES = {
     "values": torch.float32,
@@ -50,19 +54,31 @@ class CheckpointError(Exception):
 
 
 def write(path: Path, content: object) -> None:
-    """torch.save `content` (or write it, if str) so that `path` is either the old or the new."""
+    """torch.save `content` (or write it, if str or bytes); `path` is either the old or the new.
+
+    Raises CheckpointError if the disk is full, or the folder gone or read-only.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    if isinstance(content, str):
+        content = content.encode()
+    elif not isinstance(content, bytes):
+        file = io.BytesIO()
+        torch.save(content, file)
+        content = file.getvalue()
     try:
         with scratch.open("wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                torch.save(content, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{path}: cannot be written ({error.strerror}); once that is put right, the same "
+                "command goes on"
+            ) from None
         raise
 
 
@@ -80,6 +96,13 @@ def check_output(path: Path) -> None:
 def read(path: str | Path) -> object:
     """What torch.save wrote to `path`; no code in it is run. Raises CheckpointError."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch.save does not compress, so nothing can be larger than the file; and
+                # torch.load does not look at the checksums.
+                stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+                if not stored or archive.testzip():
+                    raise ValueError
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickle protocols: what cannot be read raises
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -89,7 +112,7 @@ def read(path: str | Path) -> object:
         elif isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             reason = "it holds Python objects that are not tensors or plain data (nothing was run)"
         else:
-            reason = "it is empty, truncated, or was not written by torch.save"
+            reason = "it is empty, damaged, truncated, or was not written by torch.save"
         raise CheckpointError(f"{path}: cannot be loaded: {reason}") from None
 
 
@@ -187,7 +210,7 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     meta = content.get("meta")
     if not isinstance(meta, dict) or not isinstance(meta.get("num_classes"), int):
         raise broken
-    if not isinstance(meta.get("budget", 0), int) or not 0 < meta["num_classes"] <= 10**6:
+    if not isinstance(meta.get("budget", 0), int) or not 0 < meta["num_classes"] <= CLASSES:
         raise broken
     if meta.get("arch") not in models.ARCHITECTURES:
         raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")
@@ -201,6 +224,8 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
             continue
         wanted = torch.uint8 if packed else dtype
         if not isinstance(part, Tensor) or part.dtype != wanted or part.dim() != 1:
+            raise broken
+        if not part.is_contiguous():  # one number in the file can be a million by a stride of 0
             raise broken
         try:
             parts[name] = _unpack(part, dtype, len(flat)) if packed else part
@@ -251,7 +276,7 @@ def _from_state_dict(path: str | Path, content: object) -> tuple[nn.Module, dict
         state[name[:-5]] = state.pop(name) * mask
     arch = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18"
     fc = state.get("fc.weight")
-    if fc is None or fc.dim() != 2 or not 0 < len(fc) <= 10**6:
+    if fc is None or fc.dim() != 2 or not 0 < len(fc) <= CLASSES:
         raise CheckpointError(
             f"{path}: not the weights of a torchvision ResNet, fc.weight is missing"
         )

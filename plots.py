@@ -1,5 +1,6 @@
 """Pictures of a run; matplotlib stays in this file."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -9,8 +10,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 
-def curves(metrics: Path, picture: Path) -> None:
-    """Accuracy, parameters and learning rate over all epochs of `metrics` (metrics.csv), as PNG."""
+def curves(metrics: Path) -> bytes:
+    """A PNG of accuracy and parameters over all epochs of `metrics` (metrics.csv)."""
     rows = pd.read_csv(metrics)
     starts = rows.groupby(["stage", "round"], sort=False).head(1).index + 1
     figure, (top, bottom) = plt.subplots(
@@ -43,5 +44,11 @@ def curves(metrics: Path, picture: Path) -> None:
         label = row.stage if rounds == 1 else f"{row.stage} {row['round']}"
         top.annotate(label, (start, 1), (0, -12), xycoords=("data", "axes fraction"),
                      textcoords="offset points", fontsize=9)  # fmt: skip
-    figure.savefig(picture, dpi=120)
+    return _png(figure)
+
+
+def _png(figure: plt.Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120)
     plt.close(figure)
+    return file.getvalue()

@@ -13,6 +13,7 @@ end.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import io
@@ -20,18 +21,24 @@ import json
 import math
 import os
 import platform
+import resource
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import filelock
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchinfo
 import torchvision
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
@@ -103,12 +110,33 @@ WARMUP = 0.1  # share of a round's steps in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient
 AVERAGE_EVERY, AVERAGE_DECAY = 16, 0.9  # steps; the average of weights looks back about 160 steps
 REFRESH = 8  # batches from which BatchNorm statistics are taken anew after a cut
+STATE, STATE_BEFORE = "state.pt", "state-before.pt"
 RUNS = Path(__file__).resolve().parent / "runs"
 RESULTS = Path(__file__).resolve().parent / "results.csv"
 
 
 class UsageError(Exception):
     """Something the user asked for cannot be done; the message is one line."""
+
+
+def processes() -> int:
+    """How many processes train together (torchrun); each has the whole batch and trains a share."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process() -> int:
+    """The number of this one; only 0 writes and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(batch: Tensor) -> Tensor:
+    """The part of a batch that this process trains on."""
+    return batch if processes() == 1 else batch.tensor_split(processes())[process()]
+
+
+def say(text: str) -> None:
+    if process() == 0:
+        print(text, flush=True)
 
 
 # --- one step -----------------------------------------------------------------------------------
@@ -163,6 +191,10 @@ class Network:
     def __init__(self, model: nn.Module, stage: Stage, device: torch.device, bf16: bool):
         self.stage, self.device, self.bf16 = stage, device, bf16
         self.model = models.speed_up_(model).to(device, memory_format=torch.channels_last)
+        self.trained = self.model
+        if processes() > 1:
+            models.synchronize_batchnorm_(self.model)
+            self.trained = DistributedDataParallel(self.model)
         self.average = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
         )
@@ -205,10 +237,14 @@ class Network:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def step(self, images: Tensor, targets: Tensor, teacher: nn.Module | None, rate: float):
-        """One update; returns loss and logits, without waiting for the device."""
+        """One update; returns loss and logits, without waiting for the device.
+
+        All processes are given the same batch, and each takes its share.
+        """
         stage = self.stage
+        images, targets = share(images), share(targets)
         with self.autocast():
-            logits = self.model(images)
+            logits = self.trained(images)
         if teacher is not None:
             with torch.no_grad():
                 teacher_logits = teacher(images.to(teacher.fc.weight.dtype))
@@ -256,97 +292,166 @@ def frozen(model: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
 # --- one stage ----------------------------------------------------------------------------------
 
 
-def budgets(stage: Stage, start: int, budget: int) -> list[list[int | None]]:
-    """The budget that each epoch of each round begins with a cut to; None: no cut."""
-    steps = iter(prune.ladder(start, budget, sum(stage.cuts)))
-    return [
-        [next(steps) if epoch < cuts else None for epoch in range(epochs)]
-        for epochs, cuts in zip(stage.epochs, stage.cuts or [0] * len(stage.epochs), strict=True)
-    ]
+class Stop:
+    """Within: Ctrl-C and SIGTERM only set `asked`, so that the step can be finished and saved.
+
+    A second one stops at once, as does the first if several processes would have to agree.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.handlers: dict = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if processes() == 1 and signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """How far an epoch is: steps done, their losses, and the accuracy, which stay on the device."""
+
+    def __init__(self, steps: int, classes: int, device: torch.device):
+        self.step = 0
+        self.losses = torch.zeros(steps, device=device)
+        self.accuracy = MulticlassAccuracy(
+            classes, average="micro", validate_args=False, sync_on_compute=False
+        ).to(device)
+        self.accuracy.persistent(True)
+
+    def state_dict(self) -> dict:
+        accuracy = self.accuracy.state_dict()
+        return {"step": self.step, "losses": self.losses, "accuracy": accuracy}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        self.losses.copy_(state["losses"])
+        self.accuracy.load_state_dict(state["accuracy"])
+
+    def result(self) -> tuple[Tensor, float]:
+        """Losses of all steps (steps,), on the CPU, and accuracy, over all processes."""
+        if processes() > 1:
+            dist.all_reduce(self.losses)
+            self.losses /= processes()
+            self.accuracy.sync()
+        return self.losses.cpu(), self.accuracy.compute().item()
 
 
 def train_epoch(
     network: Network,
-    images: Images,
-    generator: Generator,
+    batches: Iterable[tuple[Tensor, Tensor]],
     teacher: nn.Module | None,
     rates: list[float],
-    title: str,
-) -> tuple[float, float]:
-    """One pass over `images`, a learning rate for each step; returns mean loss and accuracy.
+    progress: Progress,
+    stop: Stop,
+    title: str = "",
+) -> None:
+    """One pass over `batches` of images and targets, with a learning rate for each step.
 
-    Under mixup an answer is right if it is the class with the larger share. Loss and accuracy stay
-    on the device; the bar, if there is a terminal, reads them ten times.
+    Goes on after `progress.step` steps (batches before are drawn again and left out), and returns
+    before the end if it is asked to. Under mixup an answer is right if it is the class with the
+    larger share. The bar, if there is a terminal, reads loss and accuracy ten times.
     """
     network.model.train()
-    loss_sum = torch.zeros((), device=network.device)
-    accuracy = MulticlassAccuracy(images.classes, average="micro", validate_args=False)
-    accuracy = accuracy.to(network.device)
-    bar = tqdm(images.batches(generator), title, len(rates), leave=False, disable=None)
-    for step, (batch, targets) in enumerate(bar, start=1):
-        loss, logits = network.step(batch, targets, teacher, rates[step - 1])
-        loss_sum += loss
-        accuracy.update(logits, targets.argmax(1))
-        if step % AVERAGE_EVERY == 0:
+    hidden = True if process() else None  # None: unless there is a terminal
+    bar = tqdm(batches, title, len(rates), leave=False, disable=hidden)
+    for step, (images, targets) in enumerate(bar):
+        if step < progress.step:
+            continue
+        if stop.asked:
+            bar.close()
+            return
+        loss, logits = network.step(images, targets, teacher, rates[step])
+        progress.losses[step] = loss
+        progress.accuracy.update(logits, share(targets).argmax(1))
+        progress.step = done = step + 1
+        if done % AVERAGE_EVERY == 0:
             network.average.update_parameters(network.model)
-        if not bar.disable and step % (len(rates) // 10 + 1) == 0:
-            mean, right = loss_sum.item() / step, accuracy.compute().item()
+        if not bar.disable and done % (len(rates) // 10 + 1) == 0 and done < len(rates):
+            mean, right = progress.losses[:done].mean().item(), progress.accuracy.compute().item()
             bar.set_postfix_str(f"loss {mean:.3f} accuracy {right:.1%}")
     if network.masks is not None:
         network.set_masks(network.masks)  # a kept weight that just is 0.0 would be miscounted
-    return loss_sum.item() / len(rates), accuracy.compute().item()
+
+
+def plan(stage: Stage, start: int, budget: int) -> list[tuple[int, int, int | None]]:
+    """(round, epoch of the round, budget that it begins with a cut to or None), for each epoch."""
+    steps = iter(prune.ladder(start, budget, sum(stage.cuts)))
+    return [
+        (number, epoch, next(steps) if epoch < cuts else None)
+        for number, (epochs, cuts) in enumerate(
+            zip(stage.epochs, stage.cuts or [0] * len(stage.epochs), strict=True), start=1
+        )
+        for epoch in range(epochs)
+    ]
 
 
 def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
     """Train `model` as stage `name`; returns a copy with the weights that validation chose.
 
     Each epoch draws from a generator of its own, seeded by run, stage and epoch, so that an epoch
-    can be repeated: a run that was stopped goes on at the epoch it was in.
+    can be repeated: a run that was stopped goes on at the epoch, or the step, it was at.
     """
     stage: Stage = getattr(run.recipe, name)
     network = Network(model, stage, run.device, run.bf16)
     best: dict = {"score": -1.0}
-    if first := run.epochs_done(name):
+    first, within = run.done(name)
+    if first or within:
         network.load_state_dict(run.state["network"])
         best = run.state["best"]
-        print(f"{name}: going on after epoch {first}")
+        say(f"{name}: going on after {first} epochs{' and a part' if within else ''}")
 
     largest = prune.budget_range(model, run.image_size, grey=True)[1] if stage.cuts else 0
-    plan = [
-        (number, epoch, budget, len(part))
-        for number, part in enumerate(budgets(stage, largest, run.budget), start=1)
-        for epoch, budget in enumerate(part)
-    ]
-    last_cut = max((i for i, (_, _, budget, _) in enumerate(plan) if budget), default=0)
-    for index, (number, epoch, budget, epochs) in enumerate(plan):
-        if index < first:
-            continue
-        began = time.perf_counter()
-        generator = run.generator(name, index)
-        if epoch == 0:
-            network.start_round()
-        if budget is not None:
-            few = zip(range(REFRESH), run.train.batches(generator), strict=False)
-            network.cut(budget, run.image_size, [images for _, (images, _) in few])
-        steps = run.train.steps
+    epochs = plan(stage, largest, run.budget)
+    last_cut = max((i for i, (_, _, budget) in enumerate(epochs) if budget), default=0)
+    for index in range(first, len(epochs)):
+        number, epoch, budget = epochs[index]
+        began, steps = time.perf_counter(), run.train.steps
+        progress = Progress(steps, run.train.classes, run.device)
+        if within:
+            progress.load_state_dict(within)
+            within = None
+        else:
+            if epoch == 0:
+                network.start_round()
+            if budget is not None:
+                few = zip(range(REFRESH), run.batches(name, index), strict=False)
+                network.cut(budget, run.image_size, [images for _, (images, _) in few])
+        in_round = stage.epochs[number - 1] * steps
         rates = [
-            learning_rate(epoch * steps + step, epochs * steps, stage.learning_rate)
+            learning_rate(epoch * steps + step, in_round, stage.learning_rate)
             for step in range(steps)
         ]
-        title = f"{name} {index + 1}/{len(plan)}"
-        loss, accuracy = train_epoch(network, run.train, generator, teacher, rates, title)
-        if not math.isfinite(loss):
-            raise ArithmeticError(f"stage {name}, epoch {index + 1}: the loss is {loss}")
+        batches, title = run.batches(name, index), f"{name} {index + 1}/{len(epochs)}"
+        train_epoch(network, batches, teacher, rates, progress, run.stop, title)
+        if progress.step < steps:
+            run.save_state(name, index, network, best, progress)
+            raise KeyboardInterrupt
+        losses, accuracy = progress.result()
+        if len(bad := losses.isfinite().logical_not().nonzero()):
+            raise ArithmeticError(
+                f"stage {name}, epoch {index + 1}, step {bad[0].item() + 1}: the loss is "
+                f"{losses[bad[0]].item()}"
+            )
 
         val, val_average = run.validate(network.model), run.validate(network.average.module)
-        if index >= last_cut:
-            # Without validation images the schedule decides: the average after the last epoch.
-            averaged = val is None or val_average >= val
-            score = float(index) if val is None else max(val, val_average)
-            if score > best["score"]:
-                chosen = network.average.module if averaged else network.model
-                weights = {k: v.clone() for k, v in chosen.state_dict().items()}
-                best = {"score": score, "epoch": index + 1, "averaged": averaged, "model": weights}
+        # Without validation images the schedule decides: the average after the last epoch.
+        averaged = val is None or val_average >= val
+        score = float(index) if val is None else max(val, val_average)
+        if index >= last_cut and score > best["score"]:
+            chosen = network.average.module if averaged else network.model
+            weights = {k: v.clone() for k, v in chosen.state_dict().items()}
+            best = {"score": score, "epoch": index + 1, "averaged": averaged, "model": weights}
         parameters, seconds = prune.count(network.model), time.perf_counter() - began
         run.rows.append(
             {
@@ -354,7 +459,7 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
                 "round": number,
                 "epoch": index + 1,
                 "parameters": parameters,
-                "loss": round(loss, 5),
+                "loss": round(losses.mean().item(), 5),
                 "train_accuracy": round(accuracy, 5),
                 "val_accuracy": "" if val is None else round(val, 5),
                 "val_accuracy_average": "" if val is None else round(val_average, 5),
@@ -364,11 +469,12 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
         )
         run.save_state(name, index + 1, network, best)
         shown = "" if val is None else f"  val {val:.2%}  averaged {val_average:.2%}"
-        print(
-            f"{name:8}{index + 1:4}/{len(plan)}  {parameters:>10,} parameters  "
-            f"loss {loss:.4f}{shown}  {seconds:.0f} s",
-            flush=True,
+        say(
+            f"{name:8}{index + 1:4}/{len(epochs)}  {parameters:>10,} parameters  "
+            f"loss {losses.mean().item():.4f}{shown}  {seconds:.0f} s"
         )
+        if run.stop.asked:
+            raise KeyboardInterrupt
     model = copy.deepcopy(network.model)
     model.load_state_dict(best["model"])
     return model
@@ -386,8 +492,8 @@ class Run:
         self.recipe: Recipe = RECIPES[recipe_name]
         self.seed, self.budget = settings["seed"], settings["budget"]
         self.record = self._open()
-        state = self.folder / "state.pt"
-        self.state = checkpoint.read(state) if state.exists() else {}
+        self.state = self._read_state()
+        self.stop = Stop()
         self.rows: list[dict] = self.state.get("rows", [])
         self.minutes: float = self.state.get("minutes", 0.0)
 
@@ -418,14 +524,33 @@ class Run:
             )
         return known
 
-    def epochs_done(self, stage: str) -> int:
-        """How many epochs of `stage` need not be trained any more."""
-        if self.path(stage).exists():
-            return sum(getattr(self.recipe, stage).epochs)
-        return self.state["epoch"] if self.state.get("stage") == stage else 0
+    def _read_state(self) -> dict:
+        """The newest state that can be read; {} if there is none."""
+        for name in (STATE, STATE_BEFORE):
+            path = self.folder / name
+            try:
+                if path.exists():
+                    return checkpoint.read(path)
+            except checkpoint.CheckpointError as error:
+                print(f"train.py: warning: {error}; going on from the one before", file=sys.stderr)
+        return {}
 
-    def save_state(self, stage: str, epoch: int, network: Network, best: dict) -> None:
-        """All that the next epoch needs; metrics.csv is written from the same rows."""
+    def done(self, stage: str) -> tuple[int, dict | None]:
+        """How many epochs of `stage` need not be trained any more, and the state of `Progress` in
+        the one after, if it was stopped by hand."""
+        if self.path(stage).exists():
+            return sum(getattr(self.recipe, stage).epochs), None
+        if self.state.get("stage") != stage:
+            return 0, None
+        return self.state["epoch"], self.state["progress"]
+
+    def save_state(
+        self, stage: str, epoch: int, network: Network, best: dict, within: Progress | None = None
+    ) -> None:
+        """All that the next epoch needs, or the rest of the one `within`; the state before is kept
+        as well. metrics.csv is written from the same rows."""
+        if process() > 0:
+            return
         now = time.perf_counter()
         self.minutes += (now - self.clock) / 60
         self.clock = now
@@ -434,15 +559,20 @@ class Run:
             "epoch": epoch,
             "network": network.state_dict(),
             "best": best,
+            "progress": None if within is None else within.state_dict(),
             "rows": self.rows,
             "minutes": self.minutes,
         }
-        checkpoint.write(self.folder / "state.pt", state)
-        checkpoint.write(self.folder / "metrics.csv", _csv(self.rows))
+        if (self.folder / STATE).exists():
+            (self.folder / STATE).replace(self.folder / STATE_BEFORE)
+        checkpoint.write(self.folder / STATE, state)
+        if self.rows:
+            checkpoint.write(self.folder / "metrics.csv", _csv(self.rows))
 
-    def generator(self, stage: str, epoch: int) -> Generator:
+    def batches(self, stage: str, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, the same whenever they are asked for."""
         seed = (self.seed * len(STAGES) + STAGES.index(stage)) * 100_000 + epoch
-        return Generator(self.device).manual_seed(seed)
+        return self.train.batches(Generator(self.device).manual_seed(seed))
 
     def prepare(
         self, device: torch.device, images_u8: Tensor, labels: Tensor, full_train: bool
@@ -477,6 +607,8 @@ class Run:
 
     def keep(self, stage: str, model: nn.Module) -> None:
         """Write the finished network of a stage, with what is known of it."""
+        if process() > 0:
+            return
         val = None
         if self.val is not None:
             val = models.accuracy(models.infer(model, self.val[0]), self.val[1])
@@ -544,7 +676,7 @@ def measure(run: Run, stages: Iterable[str]) -> dict[str, float]:
             teacher = frozen(run.build("teacher"), run.device, run.bf16)
         network.model.train()
         times = []
-        for _, batch in zip(range(5), run.train.batches(run.generator(stage, 0)), strict=False):
+        for _, batch in zip(range(5), run.batches(stage, 0), strict=False):
             began = time.perf_counter()
             loss, _ = network.step(*batch, teacher, rate=0.0)
             loss.item()
@@ -558,14 +690,21 @@ def measure(run: Run, stages: Iterable[str]) -> dict[str, float]:
 
 def train(run: Run, teacher_file: Path | None, imagenet: bool) -> None:
     """All stages that are not finished yet."""
-    if teacher_file is None and not run.path("teacher").exists():
+
+    def done(stage: str) -> bool:
+        if processes() > 1:
+            dist.barrier()  # until process 0 has written the stage before
+        return run.path(stage).exists()
+
+    if teacher_file is None and not done("teacher"):
         run.keep("teacher", fit(run, "teacher", run.build("teacher")))
-    if run.path("pruned").exists():
+    if done("pruned"):
         return
     teacher, _ = checkpoint.load(teacher_file or run.path("teacher"))
     teacher = frozen(teacher, run.device, run.bf16)
-    if not run.path("student").exists():
+    if not done("student"):
         run.keep("student", fit(run, "student", run.build("student", imagenet), teacher))
+        done("student")
     student, _ = checkpoint.load(run.path("student"))
     run.keep("pruned", fit(run, "pruned", student, teacher))
 
@@ -588,7 +727,7 @@ def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
     size = (1, 3, run.image_size, run.image_size)
     summary = torchinfo.summary(prune.masked(model.cpu()), size, verbose=0)
     checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
-    plots.curves(run.folder / "metrics.csv", run.folder / "curves.png")
+    checkpoint.write(run.folder / "curves.png", plots.curves(run.folder / "metrics.csv"))
     run.record |= {
         "stages": stages,
         "torchinfo_total_params": summary.total_params,
@@ -596,6 +735,8 @@ def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
         "commit": commit(),
         "device": device_name(run.device),
         "bf16": run.bf16,
+        "processes": processes(),
+        "peak_memory_mb": peak_memory_mb(run.device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -603,7 +744,8 @@ def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
         },
     }
     checkpoint.write(run.folder / "run.json", json.dumps(run.record, indent=2))
-    (run.folder / "state.pt").unlink()  # all it held is in the other files now
+    for name in (STATE, STATE_BEFORE):  # all they held is in the other files now
+        (run.folder / name).unlink(missing_ok=True)
     if run.recipe_name != "quick":
         row = {
             "name": run.record["name"],
@@ -625,6 +767,14 @@ def _accuracies(stage: dict) -> dict[str, str]:
     return {"val": "" if val is None else f"{val:.4f}", "test": f"{stage['test_accuracy']:.4f}"}
 
 
+def peak_memory_mb(device: torch.device) -> int:
+    """Most memory that this process has used: the GPU's, or, without one, the machine's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if sys.platform == "darwin" else 1e3))  # bytes there, else kB
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -641,6 +791,13 @@ def report(run: Run) -> None:
             f"{row['kilobytes']:>9,}  {row['file']}"
         )
     print(f"{run.record['minutes']:.0f} minutes; everything is in {run.folder}")
+    val, classes = run.record["stages"]["pruned"]["val_accuracy"], len(data.CLASSES)
+    if val is not None and val < 2 / classes:
+        print(
+            f"train.py: warning: the pruned network has collapsed, its accuracy is near chance "
+            f"({1 / classes:.0%}); a larger --budget or a longer recipe may help",
+            file=sys.stderr,
+        )
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -712,56 +869,92 @@ def start(args: argparse.Namespace) -> None:
                 f"{args.teacher}: a {meta['arch']} with {meta['num_classes']} classes, the teacher "
                 f"must be a resnet50 with {len(data.CLASSES)}"
             )
+    recipe = RECIPES[recipe_name]
     settings = {
-        "recipe": asdict(RECIPES[recipe_name]),
+        "recipe": asdict(recipe),
         "seed": args.seed,
         "budget": args.budget,
         "teacher": None if args.teacher is None else str(args.teacher.resolve()),
         "imagenet": args.imagenet,
         "full_train": args.full_train,
     }
-    run = Run(RUNS / name, recipe_name, settings)
-    if "stages" in run.record:
-        print(f"{run.folder}: this run is finished; --name or --seed starts another")
-        report(run)
-        return
-    run.prepare(device, images_u8, labels, args.full_train)
-    announce(run, args.teacher)
-    train(run, args.teacher, args.imagenet)
-    finish(run, folder, args.teacher)
-    report(run)
+    if recipe.batch_size % processes():
+        raise UsageError(
+            f"{processes()} processes cannot share batches of {recipe.batch_size} equally"
+        )
+    if process() > 0:
+        dist.barrier()  # until process 0 has the folder
+    with lock(RUNS / name) if process() == 0 else contextlib.nullcontext():
+        run = Run(RUNS / name, recipe_name, settings)
+        if processes() > 1 and process() == 0:
+            dist.barrier()
+        if "stages" in run.record:
+            say(f"{run.folder}: this run is finished; --name or --seed starts another")
+        else:
+            run.prepare(device, images_u8, labels, args.full_train)
+            announce(run, args.teacher)
+            with run.stop:
+                train(run, args.teacher, args.imagenet)
+            if process() == 0:
+                finish(run, folder, args.teacher)
+        if process() == 0:
+            report(run)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Raises UsageError if another process is training the run in `folder`."""
+    held = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UsageError(f"{folder}: another process is training this run") from None
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be used for the run ({error})") from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def announce(run: Run, teacher_file: Path | None) -> None:
     """Device, recipe, epochs and, from a few measured steps, the expected time."""
     stages = STAGES if teacher_file is None else STAGES[1:]
-    print(f"device {device_name(run.device)}, {'bf16' if run.bf16 else 'fp32'}, run {run.folder}")
+    say(f"device {device_name(run.device)}, {'bf16' if run.bf16 else 'fp32'}, run {run.folder}")
     images = run.train.steps * run.recipe.batch_size
-    print(f"recipe {run.recipe_name}, seed {run.seed}, {images:,} images an epoch")
+    say(f"recipe {run.recipe_name}, seed {run.seed}, {images:,} images an epoch")
     seconds = measure(run, stages)
 
     total = 0.0
     for stage in stages:
         epochs: tuple[int, ...] = getattr(run.recipe, stage).epochs
-        done = run.epochs_done(stage)
+        done, _ = run.done(stage)
         minutes = (sum(epochs) - done) * images * seconds[stage] / 60
         total += minutes
         known = f" ({done} are done)" if done else ""
-        print(
+        say(
             f"  {stage:8} {' + '.join(map(str, epochs))} epochs{known}, about {minutes:.1f} minutes"
         )
-    print(f"  in all about {total:.1f} minutes")
+    say(f"  in all about {total:.1f} minutes")
     if run.device.type == "cpu" and run.recipe_name != "full":
         epochs = {stage: sum(getattr(RECIPES["full"], stage).epochs) for stage in stages}
         hours = sum(epochs[stage] * run.available * seconds[stage] for stage in stages) / 3600
-        print(f"  (the recipe full, made for a GPU, would take about {hours:.0f} hours here)")
-    sys.stdout.flush()
+        say(f"  (the recipe full, made for a GPU, would take about {hours:.0f} hours here)")
 
 
 def main(argv: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
+    args = parse(argv)
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        start(parse(argv))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+            if cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if cuda else "gloo")
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        start(args)
     except (
         UsageError,
         models.DeviceError,
@@ -775,8 +968,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}; the epochs before are kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on after the last epoch shown", file=sys.stderr)
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

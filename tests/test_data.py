@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import idx_bytes
+from tiny import idx_bytes
 from torch import Generator
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import InterpolationMode, resized_crop

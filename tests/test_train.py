@@ -54,7 +54,7 @@ def test_the_learning_rate_rises_for_a_tenth_and_ends_at_zero():
 def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     stage = train.RECIPES[name].pruned
     assert len(stage.cuts) == len(stage.epochs)
-    plan = [budget for part in train.budgets(stage, 4_228_570, 100_000) for budget in part]
+    plan = [budget for _, _, budget in train.plan(stage, 4_228_570, 100_000)]
     cuts = [budget for budget in plan if budget is not None]
     assert len(plan) == sum(stage.epochs) and len(cuts) == sum(stage.cuts)
     assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 100_000
@@ -349,7 +349,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
 
     monkeypatch.setattr(train.Network, "step", explode)
     assert train.main(tiny) == 1
-    assert "stage student, epoch 1: the loss is nan" in capsys.readouterr().err
+    assert "stage student, epoch 1, step 1: the loss is nan" in capsys.readouterr().err
     assert (folder / "teacher.pth").exists() and not (folder / "student.pth").exists()
 
 

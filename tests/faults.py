@@ -1,0 +1,155 @@
+"""What a run survives, on tiny images: `uv run tests/faults.py` (10 minutes on two cores).
+
+Kills a run with SIGKILL at random moments (in a step, while a file is written, before it gets its
+name), starts it again with the same command, and compares its weights with those of a run that was
+never stopped; fills the disk; takes the folder away. Prints a table; ends with 1 if anything was
+lost. `tests/test_faults.py` runs a short version of it.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import tiny
+
+import checkpoint
+
+FILES = ("teacher.pth", "student.pth", "pruned_resnet18.pth")
+# How often each moment comes in a run that is not stopped: 24 steps, and files written.
+MOMENTS = {"step": 24, "write": 20, "rename": 26}
+
+
+def run(folder: Path, *flags: str, timeout: float = 300, **environment: str):
+    """tests/tiny.py in a process of its own."""
+    command = [sys.executable, str(Path(tiny.__file__)), str(folder), *flags]
+    return subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def weights(folder: Path) -> list[torch.Tensor]:
+    """All weights that a finished run left."""
+    run_folder = folder / "runs" / "quick-seed0"
+    return [
+        tensor
+        for name in FILES
+        for tensor in checkpoint.load(run_folder / name)[0].state_dict().values()
+    ]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def loadable(folder: Path) -> bool:
+    """Whether every file that bears a final name is whole."""
+    for path in folder.glob("runs/quick-seed0/*"):
+        if path.suffix in (".pth", ".pt") and not path.name.startswith("."):
+            checkpoint.read(path)
+    return True
+
+
+def killed(folder: Path, kills: int, seed: int, expected: list[torch.Tensor]) -> tuple[int, int]:
+    """Kill runs until `kills` have been killed; returns kills and runs that ended differently."""
+    rng, done, lost = random.Random(seed), 0, 0
+    while done < kills:
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        while done < kills:
+            kind = rng.choice(list(MOMENTS))
+            ended = run(folder, DIE=f"{kind} {rng.randint(1, MOMENTS[kind])}")
+            if ended.returncode != -9:
+                break
+            done += 1
+            lost += not loadable(folder)
+        ended = run(folder)
+        lost += ended.returncode != 0 or not same(weights(folder), expected)
+    return done, lost
+
+
+def stopped(folder: Path, moments: list[str], expected: list[torch.Tensor]) -> tuple[int, int]:
+    """SIGTERM at each of `moments`, one after the other, in one run."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    lost = 0
+    for moment in moments:
+        ended = run(folder, STOP=moment)
+        lost += ended.returncode != 130 or "the same command goes on" not in ended.stderr
+    lost += run(folder).returncode != 0 or not same(weights(folder), expected)
+    return len(moments), lost
+
+
+def damaged(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
+    """The newest state cut short, and with one bit changed."""
+    lost = 0
+    for kind in ("cut", "bit"):
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        run(folder, DIE="step 18")
+        state = folder / "runs" / "quick-seed0" / "state.pt"
+        content = bytearray(state.read_bytes())
+        if kind == "bit":
+            content[len(content) // 2] ^= 1
+        state.write_bytes(content[: None if kind == "bit" else 100_000])
+        ended = run(folder)
+        lost += ended.returncode != 0 or "going on from the one before" not in ended.stderr
+        lost += not same(weights(folder), expected)
+    return 2, lost
+
+
+def full_disk(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
+    """A tmpfs too small for the second state, then one that is large enough."""
+    runs = folder / "runs"
+    shutil.rmtree(runs, ignore_errors=True)
+    runs.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, "size=400m", "tmpfs", str(runs)], capture_output=True).returncode:
+        return 0, 0  # not allowed here
+    try:
+        ended = run(folder)
+        lost = ended.returncode != 2 or "cannot be written (No space left" not in ended.stderr
+        lost += "Traceback" in ended.stderr or not loadable(folder)
+        subprocess.run([*mount, "remount,size=4g", "tmpfs", str(runs)], check=True)
+        lost += run(folder).returncode != 0 or not same(weights(folder), expected)
+    finally:
+        subprocess.run(["umount", str(runs)], check=True)
+    return 1, lost
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kill, stop and starve a tiny run.")
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="SIGKILLs (default 20)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (0)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny.write_images(folder / "data")
+        assert run(folder).returncode == 0
+        expected = weights(folder)
+        table = {
+            "killed (SIGKILL) at a random moment": killed(folder, args.kills, args.seed, expected),
+            "stopped (SIGTERM) in a step": stopped(
+                folder, ["step 2", "step 5", "step 9", "step 1"], expected
+            ),
+            "newest state damaged": damaged(folder, expected),
+            "disk full": full_disk(folder, expected),
+        }
+    print("| fault | tried | lost |\n|---|---|---|")
+    for fault, (tried, lost) in table.items():
+        print(f"| {fault} | {tried} | {lost} |")
+    return int(any(lost for _, lost in table.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""A short version of tests/faults.py, and faults that need no process of their own."""
+
+import errno
+import os
+import shutil
+
+import faults
+import filelock
+import pytest
+import tiny as shrunk
+import torch
+
+import checkpoint
+import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    shrunk.write_images(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """The weights of a run that was never stopped."""
+    assert faults.run(folder).returncode == 0
+    return faults.weights(folder)
+
+
+def test_killed_and_stopped_runs_end_with_the_same_weights(folder, expected):
+    shutil.rmtree(folder / "runs")
+    for die in ("step 3", "write 4", "rename 5"):
+        assert faults.run(folder, DIE=die).returncode == -9
+        assert faults.loadable(folder)
+    ended = faults.run(folder, STOP="step 2")
+    assert ended.returncode == 130 and "the same command goes on" in ended.stderr
+    assert faults.run(folder).returncode == 0
+    assert faults.same(faults.weights(folder), expected)
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tiny, tmp_path, monkeypatch, capsys):
+    path, before = tmp_path / train.STATE, tmp_path / train.STATE_BEFORE
+    checkpoint.write(before, {"stage": "teacher", "rows": [], "minutes": 1.0})
+    state = {"stage": "teacher", "rows": [], "minutes": 2.0, "network": torch.ones(9999)}
+    checkpoint.write(path, state)
+    assert train.Run(tmp_path, "quick", {"seed": 0, "budget": 100_000}).minutes == 2.0
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert train.Run(tmp_path, "quick", {"seed": 0, "budget": 100_000}).minutes == 1.0
+    assert "state.pt: cannot be loaded" in capsys.readouterr().err
+
+
+def test_a_second_process_on_a_run_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    with filelock.FileLock(tmp_path / "runs" / ".quick-seed0.lock"):
+        assert train.main(tiny) == 2
+    error = capsys.readouterr().err
+    assert "another process is training this run" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_ends_with_one_line_and_loses_nothing(
+    number, tiny, tmp_path, monkeypatch, capsys
+):
+    fsync, calls = os.fsync, []
+
+    def fail(file):
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(number, os.strerror(number))
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        assert train.main(tiny) == 2
+    error = capsys.readouterr().err
+    assert os.strerror(number) in error and "the same command goes on" in error
+    assert error.count("\n") == 1 and faults.loadable(tmp_path)
+    assert train.main(tiny) == 0
+
+
+def test_a_folder_that_vanishes_ends_with_one_line(tiny, tmp_path, monkeypatch, capsys):
+    save = train.Run.save_state
+
+    def vanish(self, *args):
+        shutil.rmtree(self.folder)
+        save(self, *args)
+
+    monkeypatch.setattr(train.Run, "save_state", vanish)
+    assert train.main(tiny) == 2
+    error = capsys.readouterr().err
+    assert "No such file or directory" in error and error.count("\n") == 1
+
+
+def test_a_collapsed_network_is_called_out(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Run, "validate", lambda self, model: 0.1)
+    assert train.main(tiny) == 0
+    collapsed = "has collapsed" in capsys.readouterr().err
+    meta = checkpoint.load(tmp_path / "runs" / "quick-seed0" / "pruned_resnet18.pth")[1]
+    assert collapsed == (meta["val_accuracy"] < 0.2)

@@ -1,0 +1,102 @@
+"""Several processes (gloo, on the CPU) train as one."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import faults
+import pytest
+import tiny as shrunk
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import checkpoint
+import models
+
+
+def torchrun(folder, n, *flags, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(n), str(Path(shrunk.__file__)), str(folder), *flags]
+    return subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def rows(folder):
+    with (folder / "runs" / "quick-seed0" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shrunk.write_images(tmp_path / "data")
+    return tmp_path
+
+
+def test_two_processes_follow_one(folder, tmp_path):
+    alone = tmp_path / "alone"
+    shrunk.write_images(alone / "data")
+    assert faults.run(alone).returncode == 0
+    ended = torchrun(folder, 2)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("pruned     4/4") == 1  # only one of them speaks
+    one, two = rows(alone), rows(folder)
+    assert [r["parameters"] for r in one] == [r["parameters"] for r in two]
+    for a, b in zip(one, two, strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.05)
+    assert float(two[0]["loss"]) == pytest.approx(float(one[0]["loss"]), rel=0.01)
+    path = folder / "runs" / "quick-seed0" / "pruned_resnet18.pth"
+    assert checkpoint.load(path)[1]["parameters"] == 100_000
+
+
+def test_a_run_of_two_processes_goes_on_with_one(folder):
+    assert torchrun(folder, 2, DIE="step 10").returncode != 0
+    assert faults.run(folder).returncode == 0
+    assert len(rows(folder)) == 6
+
+
+def test_batches_that_cannot_be_shared_are_refused(folder):
+    ended = torchrun(folder, 3)
+    assert ended.returncode != 0
+    assert "3 processes cannot share batches of 16 equally" in ended.stderr
+
+
+def _batchnorm(rank, port, results):
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 5, 5, dtype=torch.double) * 3 + 1
+    layer = models.synchronize_batchnorm_(torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double())
+    mine = x[4 * rank : 4 * rank + 4].requires_grad_()
+    out = layer(mine)
+    (out**3).sum().backward()
+    results[rank] = (out.detach(), mine.grad, layer[0].running_mean, layer[0].running_var)
+    dist.destroy_process_group()
+
+
+def test_synchronized_batchnorm_is_batchnorm_of_the_whole_batch():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_batchnorm, (port, results), nprocs=2)
+        first, second = results[0], results[1]
+    torch.manual_seed(0)
+    x = (torch.randn(8, 3, 5, 5, dtype=torch.double) * 3 + 1).requires_grad_()
+    layer = torch.nn.BatchNorm2d(3).double()
+    out = layer(x)
+    (out**3).sum().backward()
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(torch.cat([first[0], second[0]]), out.detach(), **close)
+    torch.testing.assert_close(torch.cat([first[1], second[1]]), x.grad, **close)
+    for part in (first, second):
+        torch.testing.assert_close(part[2], layer.running_mean, **close)
+        torch.testing.assert_close(part[3], layer.running_var, **close)

@@ -1,0 +1,100 @@
+"""The real train.py with a tiny recipe on tiny images, in a process of its own.
+
+    python tests/tiny.py FOLDER [flags of train.py]
+
+Images and runs are in FOLDER. With DIE="step 7" in the environment it kills itself (SIGKILL) in its
+seventh training step; likewise "write 7", in the middle of writing a file, and "rename 7", just
+before a finished file gets its name. With STOP="step 7" it sends itself a SIGTERM instead.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import train
+
+IDX = {
+    "train-images-idx3-ubyte": "train_images",
+    "train-labels-idx1-ubyte": "train_labels",
+    "t10k-images-idx3-ubyte": "test_images",
+    "t10k-labels-idx1-ubyte": "test_labels",
+}
+VALIDATION = 40
+_sgd = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
+_kd = {"kd_weight": 0.9, "temperature": 4}
+RECIPE = train.Recipe(
+    teacher=train.Stage((1,), "adamw", 1e-3, 0.05),
+    student=train.Stage((1,), **_sgd, **_kd),
+    pruned=train.Stage((2, 2), **_sgd, **_kd, cuts=(1, 1)),
+    images=64,
+    batch_size=16,
+)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+def images() -> dict[str, np.ndarray]:
+    """28x28 images of ten classes: a bright square in a place of its own, and noise."""
+    rng = np.random.default_rng(0)
+
+    def split(n: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = rng.permutation(np.arange(n) % 10).astype(np.uint8)
+        images = rng.integers(0, 60, (n, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            row, column = divmod(int(label), 4)
+            image[8 * row + 2 : 8 * row + 10, 6 * column + 2 : 6 * column + 10] += 150
+        return images, labels
+
+    return dict(zip(IDX.values(), (*split(200), *split(40)), strict=True))
+
+
+def write_images(folder: Path) -> Path:
+    """The four files, raw, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = images()
+    for name, key in IDX.items():
+        (folder / name).write_bytes(idx_bytes(arrays[key]))
+    return folder
+
+
+def _signal_at(moment: str, number: int) -> None:
+    """Send this process a signal at the n-th "step", "write" or "rename"."""
+    kind, n = moment.split()
+    owner, name = {
+        "step": (train.Network, "step"),
+        "write": (os, "fsync"),
+        "rename": (Path, "replace"),
+    }[kind]
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == int(n):
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def main() -> int:
+    folder, flags = Path(sys.argv[1]), sys.argv[2:]
+    train.RECIPES["quick"] = RECIPE
+    train.RUNS, train.RESULTS = folder / "runs", folder / "results.csv"
+    train.announce = lambda run, teacher: None  # its steps are not training steps
+    data.VALIDATION = VALIDATION
+    for name, number in (("DIE", signal.SIGKILL), ("STOP", signal.SIGTERM)):
+        if moment := os.environ.get(name):
+            _signal_at(moment, number)
+    return train.main(["--quick", "--device", "cpu", "--data", str(folder / "data"), *flags])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
