@@ -8,7 +8,6 @@ a machine that slows down slows down all; shown are medians, and the JSON holds 
 """
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -29,6 +28,7 @@ from torchvision.transforms import v2
 
 import checkpoint
 import data
+import export
 import models
 import prune
 import sparse
@@ -94,13 +94,10 @@ def engines(model: nn.Module, device: torch.device, example: Tensor) -> dict[str
     except ImportError:
         print("onnxruntime: not installed (--group bench)", file=sys.stderr)
     else:
-        file = io.BytesIO()
-        batch = {0: torch.export.Dim("batch")}
-        export = {"input_names": ["images"], "dynamic_shapes": (batch,), "verbose": False}
-        torch.onnx.export(model, (example,), dynamo=True, **export).save(file)
+        file = export.to_onnx(model, example)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(file.getvalue(), options)
+        session = onnxruntime.InferenceSession(file, options)
         made["onnxruntime"] = lambda images: session.run(None, {"images": images.numpy()})[0]
     try:
         import openvino
@@ -130,10 +127,10 @@ class OpenVino:
 
 
 @torch.inference_mode()
-def predict(weights: Path, folder: Path, device: torch.device) -> Figures:
+def predict(weights: Path, source: data.Source, device: torch.device) -> Figures:
     """Images per second: forward passes of batches that are in memory."""
     model, _ = checkpoint.load(weights)
-    images_u8, _ = data.load(folder, "test")
+    images_u8, _ = data.load(source, "test")
     images = models.normalize(images_u8[: max(BATCHES)]).contiguous().to(device)
     made = engines(model, device, images[:2].cpu())
     results = Figures()
@@ -157,17 +154,17 @@ def predict(weights: Path, folder: Path, device: torch.device) -> Figures:
 # --- train --------------------------------------------------------------------------------------
 
 
-def training(folder: Path, device: torch.device) -> Figures:
+def training(source: data.Source, device: torch.device) -> Figures:
     """Seconds of one step of distillation while pruning: as train.py does it, the bare work of its
     networks on a batch that is there already, and the way such a loop is usually written."""
     name = "full" if device.type == "cuda" else "cpu"
     few = (16 if device.type == "cpu" else 200) * train.RECIPES[name].batch_size
     with tempfile.TemporaryDirectory() as scratch:
         run = train.Run(Path(scratch), name, {"seed": 0, "budget": 100_000})
-        images_u8, labels = data.load(folder, "train")
-        run.prepare(device, images_u8, labels, full_train=False)
+        run.prepare(device, source, full_train=False)
     recipe, stage = run.recipe, run.recipe.pruned
-    images = train.Images(images_u8[:few].to(device), labels[:few].to(device), recipe, 10)
+    images_u8, labels = run.train.images_u8[:few], run.train.labels[:few]
+    images = train.Images(images_u8, labels, recipe, 10)
 
     def batches() -> Iterable[tuple[Tensor, Tensor]]:
         return images.batches(torch.Generator(device).manual_seed(0))
@@ -177,7 +174,7 @@ def training(folder: Path, device: torch.device) -> Figures:
     plain_teacher = run.build("teacher").to(device).eval()
     teacher = train.frozen(plain_teacher, device, run.bf16)
     network = train.Network(run.build("student"), stage, device, run.bf16)
-    network.cut(run.budget, run.image_size, [])
+    network.cut(run.budget, *run.kind, [])
     bare = train.Network(run.build("student"), stage, device, run.bf16)
     fixed, targets = next(iter(batches()))
 
@@ -195,7 +192,7 @@ def training(folder: Path, device: torch.device) -> Figures:
             F.cross_entropy(logits.float(), targets).backward()
             bare.optimizer.step()
 
-    usual = UsualLoop(run, images_u8[:few], labels[:few], plain_teacher)
+    usual = UsualLoop(run, images_u8.cpu(), labels.cpu(), plain_teacher)
     runs = {"ours": ours, "bare": only_networks, "usual": usual}
     results = Figures()
     for loop, seconds in alternate(runs, seconds=0).items():
@@ -225,7 +222,7 @@ class UsualLoop:
         transform = v2.Compose(
             [
                 v2.Grayscale(3),
-                v2.RandomResizedCrop(run.image_size, recipe.crop_scale),
+                v2.RandomResizedCrop(run.source.image_size, recipe.crop_scale),
                 v2.RandomHorizontalFlip(),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
@@ -326,11 +323,11 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of OpenVINO's use of torch.jit
     try:
         device = models.choose_device(args.device)
-        folder = data.find(args.data)
+        source = data.find(args.data)
         print(f"{train.device_name(device)}, {torch.get_num_threads()} threads", flush=True)
         parts = {
-            "predict": lambda: predict(args.weights, folder, device),
-            "train": lambda: training(folder, device),
+            "predict": lambda: predict(args.weights, source, device),
+            "train": lambda: training(source, device),
             "files": lambda: files(args.weights),
         }
         results = {name: part() for name, part in parts.items() if args.only in (None, name)}

@@ -25,7 +25,9 @@ import re
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -53,21 +55,16 @@ class CheckpointError(Exception):
 # --- files --------------------------------------------------------------------------------------
 
 
-def write(path: Path, content: object) -> None:
-    """torch.save `content` (or write it, if str or bytes); `path` is either the old or the new.
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to; it becomes `path` at the end, or, on an error, leaves no trace.
 
     Raises CheckpointError if the disk is full, or the folder gone or read-only.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    if isinstance(content, str):
-        content = content.encode()
-    elif not isinstance(content, bytes):
-        file = io.BytesIO()
-        torch.save(content, file)
-        content = file.getvalue()
     try:
         with scratch.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
@@ -80,6 +77,18 @@ def write(path: Path, content: object) -> None:
                 "command goes on"
             ) from None
         raise
+
+
+def write(path: Path, content: object) -> None:
+    """torch.save `content` (or write it, if str or bytes); `path` is either the old or the new."""
+    if isinstance(content, str):
+        content = content.encode()
+    elif not isinstance(content, bytes):
+        file = io.BytesIO()
+        torch.save(content, file)
+        content = file.getvalue()
+    with writing(path) as file:
+        file.write(content)
 
 
 def check_output(path: Path) -> None:
@@ -210,7 +219,13 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     meta = content.get("meta")
     if not isinstance(meta, dict) or not isinstance(meta.get("num_classes"), int):
         raise broken
-    if not isinstance(meta.get("budget", 0), int) or not 0 < meta["num_classes"] <= CLASSES:
+    kinds = {"budget": int, "image_size": int, "grey": bool, "dataset": str, "classes": list}
+    if not all(isinstance(meta[key], kind) for key, kind in kinds.items() if key in meta):
+        raise broken
+    classes = meta.get("classes", ["?"] * meta["num_classes"])
+    if not 0 < meta["num_classes"] <= CLASSES or len(classes) != meta["num_classes"]:
+        raise broken
+    if not all(isinstance(c, str) for c in classes) or not 0 < meta.get("image_size", 28) <= 512:
         raise broken
     if meta.get("arch") not in models.ARCHITECTURES:
         raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")

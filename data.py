@@ -1,7 +1,8 @@
-"""Fashion-MNIST: find or fetch the images, keep them as resident uint8 tensors, augment batches.
+"""Images: find, fetch or read them, as uint8 tensors; crop and mix batches of them.
 
-Augmentations are pure functions of a batch: they run where the batch lives, and all randomness
-comes from the generator that is passed in.
+Fashion-MNIST by default; by name, other data sets that torchvision has; or a folder of one's own,
+`train/<class>/*.png|jpg`, with optional `val/` and `test/`. Augmentations are pure functions of a
+batch: they run where the batch lives, and all randomness comes from the generator passed in.
 """
 
 import gzip
@@ -10,12 +11,16 @@ import math
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch import Generator, Tensor
 
 CLASSES = (
@@ -45,25 +50,70 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
 CACHE_DIR = Path(__file__).resolve().parent / "data"
 DEBIAN_CACHE = CACHE_DIR / "debian"
-VALIDATION = 5000  # images held out of the 60,000, the same number of each class
+VALIDATION = 5000  # images held out for validation, at most a fifth, the same share of each class
+# By the names of --dataset, apart from fashion-mnist, which has sources of its own.
+TORCHVISION = {"mnist": "MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
+DATASETS = ("fashion-mnist", *TORCHVISION)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+SIZES = (8, 512)  # of the images, smallest and largest
 
 
 class DataError(Exception):
     """The images cannot be found or are damaged; the message is one line for the user."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where images are, and what a network must know of them."""
+
+    name: str  # one of DATASETS, or "folder"
+    path: Path
+    classes: tuple[str, ...]
+    image_size: int
+    grey: bool  # else colour
+
+
 # --- finding and fetching ---------------------------------------------------------------------
 
 
-def find(folder: str | Path | None = None) -> Path:
-    """The folder with the four files: `folder`, else Debian's, else what is or was downloaded.
+def find(
+    folder: str | Path | None = None, dataset: str = "fashion-mnist", image_size: int | None = None
+) -> Source:
+    """Where the images of `dataset` are, or one's own if `folder` has a folder train/ or test/.
 
-    Raises DataError if `folder` was given and lacks them, or if no source has them.
+    Fashion-MNIST: `folder`, else Debian's, else what is or was downloaded. `image_size` is what
+    images are resized to (default: as they are, one's own to 28). Raises DataError.
     """
+    if image_size is not None and not SIZES[0] <= image_size <= SIZES[1]:
+        raise DataError(f"--image-size {image_size}: possible are {SIZES[0]} to {SIZES[1]}")
+    if folder is not None and any((Path(folder) / split).is_dir() for split in ("train", "test")):
+        return _own(Path(folder), image_size or 28)
+    if dataset == "fashion-mnist":
+        return Source(dataset, _find_fashion_mnist(folder), CLASSES, image_size or 28, grey=True)
+    path = CACHE_DIR if folder is None else Path(folder)
+    known = _torchvision(dataset, path, train=True)
+    size, grey = known.data.shape[1], known.data.ndim == 3
+    return Source(dataset, path, tuple(known.classes), image_size or size, grey)
+
+
+def _torchvision(dataset: str, path: Path, train: bool):
+    """torchvision's data set, downloaded if it is not in `path`."""
+    try:
+        return getattr(torchvision.datasets, TORCHVISION[dataset])(path, train, download=True)
+    except Exception as error:  # torchvision lets out whatever stops it
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: {dataset} is not there, and not to be had ({reason})") from None
+
+
+def _find_fashion_mnist(folder: str | Path | None) -> Path:
+    """The folder with the four files."""
     if folder is not None:
         if found := _within(Path(folder)):
             return found
-        raise DataError(f"{folder}: the four Fashion-MNIST files (*-ubyte.gz) are not there")
+        raise DataError(
+            f"{folder}: neither the four Fashion-MNIST files (*-ubyte.gz) nor a folder train/ are "
+            "there"
+        )
     reasons = []
     for fetch in (None, _fetch_torchvision, _fetch_debian):
         try:
@@ -119,15 +169,72 @@ def _fetch_debian() -> None:
         shutil.move(scratch / "tree" / DEBIAN_DIR.relative_to("/"), DEBIAN_CACHE)
 
 
-def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """`split` "train" or "test": uint8 images (N, H, W) and int64 labels (N,), on the CPU.
+# --- loading ------------------------------------------------------------------------------------
 
-    Raises DataError for a wrong checksum, a truncated file or a header that does not fit.
+
+def load(source: Source, split: str) -> tuple[Tensor, Tensor]:
+    """`split` "train", "val" (one's own images only) or "test", on the CPU.
+
+    Returns uint8 images (N, H, H), or (N, 3, H, H) if in colour, and int64 labels (N,). Raises
+    DataError for wrong checksums, truncated files, unreadable images, ...
     """
+    if source.name == "folder":
+        return _read_classes(source, split)
+    if source.name == "fashion-mnist":
+        images, labels = _load_idx(source.path, split)
+    else:
+        known = _torchvision(source.name, source.path, train=split == "train")
+        images, labels = torch.as_tensor(known.data), torch.as_tensor(known.targets)
+        images = images if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    return fit(images, source.image_size, source.grey), labels
+
+
+def has(source: Source, split: str) -> bool:
+    """Whether there are images of `split`."""
+    return (source.path / split).is_dir() if source.name == "folder" else split != "val"
+
+
+def load_train(
+    source: Source, full_train: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """(images, labels) to train on, in a fixed random order, and for validation.
+
+    Held out for validation is what `source` says, else a share of the training images; with
+    `full_train`, nothing.
+    """
+    images, labels = load(source, "train")
+    if has(source, "val"):
+        more, their = load(source, "val")
+        train, val = torch.arange(len(labels)), torch.arange(len(labels), len(labels) + len(their))
+        images, labels = torch.cat([images, more]), torch.cat([labels, their])
+    else:
+        train, val = split_validation(labels, min(VALIDATION, len(labels) // 5))
+    if full_train:
+        train, val = torch.arange(len(labels)), None
+    if full_train or has(source, "val"):  # one's own images come class by class
+        train = train[torch.randperm(len(train), generator=Generator().manual_seed(0))]
+    kept = None if val is None else (images[val], labels[val])
+    return (images[train], labels[train]), kept
+
+
+def fit(images_u8: Tensor, size: int, grey: bool) -> Tensor:
+    """uint8 images (N, H, W) or (N, 3, H, W) as a network takes them: `size` pixels a side, grey
+    (by luminance) if it knows no colours."""
+    if grey and images_u8.dim() == 4:
+        luminance = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+        images_u8 = (images_u8 * luminance).sum(1).round().to(torch.uint8)
+    if images_u8.shape[-2:] != (size, size):
+        images = images_u8.float() if images_u8.dim() == 4 else images_u8[:, None].float()
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        images_u8 = images.round().clamp(0, 255).to(torch.uint8).squeeze(1)
+    return images_u8
+
+
+def _load_idx(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     prefix = {"train": "train", "test": "t10k"}[split]
     images = _read_idx(folder, f"{prefix}-images-idx3-ubyte.gz", dims=3)
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte.gz", dims=1).long()
-    if len(images) != len(labels) or len(images) == 0:
+    if len(images) != len(labels) or images.numel() == 0:
         raise DataError(f"{folder}: {len(images)} {split} images, but {len(labels)} labels")
     if labels.max() >= len(CLASSES):
         raise DataError(f"{folder}: {split} label {labels.max()}, expected 0..{len(CLASSES) - 1}")
@@ -160,12 +267,143 @@ def _read_idx(folder: Path, archive: str, dims: int) -> Tensor:
 def split_validation(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Indices (train, validation): a fixed, stratified permutation, the same in every run."""
     order = torch.randperm(len(labels), generator=Generator().manual_seed(0))
-    per_class = size // (int(labels.max()) + 1)
+    share = labels.bincount() * size // len(labels)  # of each class
     rank = torch.empty_like(labels)  # of each image within its class, in the order drawn
     for c in labels.unique():
         members = order[labels[order] == c]
         rank[members] = torch.arange(len(members))
-    return order[rank[order] >= per_class], order[rank[order] < per_class]
+    held = rank[order] < share[labels[order]]
+    return order[~held], order[held]
+
+
+# --- image files --------------------------------------------------------------------------------
+
+
+def _own(folder: Path, image_size: int) -> Source:
+    """One's own images: the classes are the folders in train/ (or test/), by name.
+
+    They are grey if all image files of train/ are stored as grey.
+    """
+    splits = [split for split in ("train", "val", "test") if (folder / split).is_dir()]
+    first = folder / splits[0]
+    classes = sorted(place.name for place in first.iterdir() if place.is_dir())
+    if len(classes) < 2:
+        raise DataError(f"{first}: needs a folder of images for each class, at least two")
+    for split in splits[1:]:
+        for place in sorted((folder / split).iterdir()):
+            if place.is_dir() and place.name not in classes:
+                raise DataError(f"{place}: there is no such class in {first}")
+    files = [path for name in classes for path in image_files(first / name)]
+    modes = _each(files, _mode)
+    return Source(
+        "folder", folder, tuple(classes), image_size, set(modes) <= {"1", "L", "LA", "I;16"}
+    )
+
+
+def _read_classes(source: Source, split: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of one's own `split`."""
+    files, labels = [], []
+    for label, name in enumerate(source.classes):
+        members = image_files(source.path / split / name)
+        if not members and split == "train":
+            raise DataError(f"{source.path / split / name}: there are no images of this class")
+        files += members
+        labels += [label] * len(members)
+    if not files:
+        raise DataError(f"{source.path / split}: there are no images")
+    return read_images(files, source.image_size, source.grey), torch.tensor(labels)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All image files in and below `folder`, in the order of their names."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def read_images(files: Sequence[Path], image_size: int, grey: bool) -> Tensor:
+    """Image files of any size and kind as uint8 (N, H, H), or (N, 3, H, H) if not `grey`.
+
+    Turned as their EXIF data says, on black where transparent, stretched to a square. Raises one
+    DataError that names the files that cannot be read.
+    """
+
+    def read(path: Path) -> Tensor:
+        with Image.open(path) as image:
+            if image.mode in ("I", "I;16", "I;16B"):  # 16 bits; the highest 8 are kept
+                pixels = np.asarray(image).astype(np.int64)
+                image = Image.fromarray((pixels >> 8 * (pixels.max() > 255)).astype(np.uint8))
+            elif "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+                image = Image.alpha_composite(black, image)
+            image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+            pixels = torch.from_numpy(np.array(image))
+        return fit((pixels if grey else pixels.permute(2, 0, 1))[None], image_size, grey)
+
+    return torch.cat(_each(files, read))
+
+
+def _mode(path: Path) -> str:
+    with Image.open(path) as image:
+        return image.mode
+
+
+def _each(files: Sequence[Path], work) -> list:
+    """work(file) for all `files`; one DataError for all that it fails on."""
+    done, bad = [], []
+    for path in files:
+        try:
+            done.append(work(path))
+        except Exception as error:  # PIL raises nearly anything for damaged files
+            empty = path.is_file() and path.stat().st_size == 0
+            bad.append(f"{path} ({'empty' if empty else ' '.join(str(error).split())[:80]})")
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise DataError(f"cannot be read as images: {', '.join(bad[:5])}{more}")
+    return done
+
+
+def stream(path: Path, chunk: int) -> Iterator[Tensor]:
+    """The images of an IDX or .npy file, `chunk` at a time, so that a large file needs no memory.
+
+    Yields uint8 (n, H, W) or (n, 3, H, W). Raises DataError.
+    """
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.ndim == 4 and array.shape[-1] == 3:
+                array = array.transpose(0, 3, 1, 2)
+            if array.dtype != np.uint8 or not (
+                array.ndim == 3 or (array.ndim == 4 and array.shape[1] == 3)
+            ):
+                raise DataError(
+                    f"{path}: {array.dtype} {array.shape}, expected uint8 (N, H, W) or (N, H, W, 3)"
+                )
+            if min(array.shape) < 1 or max(array.shape[-2:]) > 4096:
+                raise DataError(f"{path}: no images of 1 to 4096 pixels a side: {array.shape}")
+            for start in range(0, len(array), chunk):
+                yield torch.from_numpy(np.array(array[start : start + chunk]))
+            return
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(16)
+            if len(header) < 16 or header[:4] != bytes((0, 0, 8, 3)):
+                raise DataError(f"{path}: neither an image nor an IDX file of images")
+            n, height, width = np.frombuffer(header, ">i4", 3, offset=4).tolist()
+            if n < 1 or not (0 < height <= 4096 and 0 < width <= 4096):
+                raise DataError(f"{path}: the header says {n} images of {height}x{width}")
+            for start in range(0, n, chunk):
+                wanted = min(chunk, n - start)
+                pixels = file.read(wanted * height * width)
+                if len(pixels) != wanted * height * width:
+                    raise DataError(f"{path}: truncated, the header says {n} images")
+                yield torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, height, width)
+            if file.read(1):
+                raise DataError(f"{path}: longer than the {n} images its header says")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
 
 
 # --- batches and augmentation -----------------------------------------------------------------

@@ -1,13 +1,16 @@
-"""Pictures of a run; matplotlib stays in this file."""
+"""Pictures of a run and of predictions, each as the bytes of a PNG; matplotlib stays in here."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from torch import Tensor
 
 
 def curves(metrics: Path) -> bytes:
@@ -44,6 +47,78 @@ def curves(metrics: Path) -> bytes:
         label = row.stage if rounds == 1 else f"{row.stage} {row['round']}"
         top.annotate(label, (start, 1), (0, -12), xycoords=("data", "axes fraction"),
                      textcoords="offset points", fontsize=9)  # fmt: skip
+    return _png(figure)
+
+
+def layers(kept: dict[str, int], live: dict[str, int]) -> bytes:
+    """Weights that are left in each layer, before those that could matter in the dense network."""
+    names = [name.removesuffix(".weight") for name in kept]
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    rows = range(len(names))
+    axes.barh(rows, list(live.values()), color="tab:gray", alpha=0.35, label="could matter")
+    axes.barh(rows, list(kept.values()), color="tab:green", label="kept")
+    for row, n in zip(rows, kept.values(), strict=True):
+        axes.annotate(f"{n:,}", (n, row), (4, 0), textcoords="offset points", va="center",
+                      fontsize=8)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yticks(rows, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"weights; {sum(kept.values()):,} are kept")
+    axes.legend(loc="lower right")
+    axes.grid(axis="x", alpha=0.3)
+    return _png(figure)
+
+
+def confusion(images_u8: Tensor, labels: Tensor, probs: Tensor, classes: Sequence[str]) -> bytes:
+    """How often each class (row) was taken for each other (column), in percent of the class."""
+    n = len(classes)
+    counts = np.zeros((n, n))
+    np.add.at(counts, (labels.numpy(), probs.argmax(1).numpy()), 1)
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    side = min(4 + 0.45 * n, 16)
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    axes.imshow(np.sqrt(percent), cmap="Blues")  # the root shows the few mistakes
+    if n <= 30:
+        for row, column in np.argwhere(counts > 0):
+            value = percent[row, column]
+            axes.text(column, row, f"{value:.0f}" if value >= 0.95 else f"{value:.1f}",
+                      ha="center", va="center", fontsize=8,
+                      color="white" if value > 40 else "black")  # fmt: skip
+        axes.set_xticks(range(n), classes, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(n), classes, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("is")
+    axes.set_title(f"% of each class; {np.trace(counts) / counts.sum():.2%} of all are right")
+    return _png(figure)
+
+
+def mistakes(images_u8: Tensor, labels: Tensor, probs: Tensor, classes: Sequence[str]) -> bytes:
+    """The images that the network is most certain and wrong about."""
+    certainty, predicted = probs.max(1)
+    wrong = (predicted != labels).nonzero().squeeze(1)
+    worst = wrong[certainty[wrong].argsort(descending=True)][:40]
+    titles = [f"{classes[predicted[i]]} {certainty[i]:.0%}\nis {classes[labels[i]]}" for i in worst]
+    title = f"{len(wrong):,} of {len(labels):,} are wrong; the most certain ones, as predicted"
+    return sheet(images_u8[worst], titles, title)
+
+
+def sheet(images_u8: Tensor, titles: Sequence[str], title: str = "") -> bytes:
+    """A contact sheet of images, uint8 (N, H, W) or (N, 3, H, W), with a title above each."""
+    columns = min(8, max(len(titles), 1))
+    rows = max(-(-len(titles) // columns), 1)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(1.45 * columns, 1.7 * rows + 0.4), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, text in zip(grid.flat, images_u8, titles, strict=False):
+        grey = image.dim() == 2
+        axes.imshow(
+            (image if grey else image.permute(1, 2, 0)).numpy(), cmap="gray" if grey else None
+        )
+        axes.set_title(text, fontsize=7)
+    figure.suptitle(title, fontsize=10)
     return _png(figure)
 
 

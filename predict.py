@@ -1,19 +1,24 @@
-"""Classify the Fashion-MNIST test images with given weights and write the predictions as CSV.
+"""Classify images with given weights and write the predictions as CSV.
 
-    python predict.py -w pruned_resnet18.pth     # or: uv run predict.py -w pruned_resnet18.pth
+    python predict.py -w pruned_resnet18.pth                # the Fashion-MNIST test images
+    python predict.py -w pruned_resnet18.pth photos/ a.png  # your own
 
-Writes submission.csv (header id,pred; 10,000 rows, ids from 0) and prints the number of parameters
-and the accuracy. `-w` takes what train.py writes, and any state dict of a torchvision ResNet18 or
-ResNet50, plain or with the masks of torch.nn.utils.prune.
+Writes submission.csv (header id,pred) and prints the number of parameters and, where the answers
+are known, the accuracy. `-w` takes what train.py writes, and any state dict of a torchvision
+ResNet18 or ResNet50, plain or with the masks of torch.nn.utils.prune.
 """
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import checkpoint
 import data
@@ -21,35 +26,65 @@ import models
 import prune
 import sparse
 
+CHUNK = 10_000  # images in memory at a time
+SHEET = 64  # images that --show shows
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Classify the Fashion-MNIST test images and write the predictions as CSV."
+        description="Classify images and write the predictions as CSV. Without IMAGES: the test "
+        "images of the data set that the weights were trained on."
     )
-    parser.add_argument(
+    what = parser.add_argument_group("what is classified")
+    what.add_argument(
+        "images",
+        type=Path,
+        nargs="*",
+        metavar="IMAGES",
+        help="image files, folders of them, IDX files (also .gz), or .npy arrays (uint8)",
+    )
+    what.add_argument(
         "-w", "--weights", type=Path, required=True, metavar="FILE", help="weights of a ResNet"
     )
-    parser.add_argument(
-        "-o", "--output", type=Path, default="submission.csv", metavar="FILE",
-        help="CSV with the columns id,pred (default: submission.csv)",
-    )  # fmt: skip
-    parser.add_argument(
+    what.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder with the images (default: found or fetched)",
+        help="folder with the data set (default: found or fetched)",
     )
-    parser.add_argument(
+    what.add_argument(
+        "--invert",
+        action="store_true",
+        help="make dark images on white, such as photographs, light on black, as Fashion-MNIST is",
+    )
+    result = parser.add_argument_group("what is written")
+    result.add_argument(
+        "-o", "--output", type=Path, default="submission.csv", metavar="FILE",
+        help="CSV with the columns id,pred (default: submission.csv)",
+    )  # fmt: skip
+    result.add_argument("--names", action="store_true", help="class names instead of numbers")
+    result.add_argument(
+        "--probs", action="store_true", help="a column more for the probability of each class"
+    )
+    result.add_argument(
+        "--show", type=Path, metavar="FILE",
+        help=f"write a picture of the first {SHEET} images and their predictions (PNG)",
+    )  # fmt: skip
+    result.add_argument(
+        "--json", action="store_true", help="print the result as one line of JSON, for programs"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
         "--tta", action="store_true", help="average each image's logits with its mirror image's"
     )
-    parser.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
-    parser.add_argument(
+    how.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
+    how.add_argument(
         "--engine",
         choices=("auto", "dense", "sparse"),
         default="auto",
         help="sparse skips the zeros, on the CPU only; auto: where it is faster (default)",
     )
-    parser.add_argument(
+    how.add_argument(
         "--batch-size", type=int, default=250, metavar="N", help="images at a time (default: 250)"
     )
     args = parser.parse_args(argv)
@@ -58,37 +93,123 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def choose_engine(
+    wanted: str, model: nn.Module, meta: dict, device: torch.device
+) -> tuple[str, nn.Module]:
+    """("dense" or "sparse", what runs the network). Sparse pays if most of the weights are zero."""
+    zeros = meta["parameters"] < sum(w.numel() for w in prune.weights(model).values()) / 2
+    if wanted == "sparse" or (wanted == "auto" and zeros and device.type == "cpu"):
+        size, grey = meta.get("image_size", 28), meta.get("grey", True)
+        return "sparse", sparse.SparseResNet(model, size, grey)
+    return "dense", model
+
+
+def chunks(paths: list[Path], image_size: int, grey: bool) -> Iterator[tuple[list, Tensor]]:
+    """(ids, images) of files and folders, some at a time. Raises DataError.
+
+    The id of an image file is its name (below its folder), that of an image in an IDX or .npy file
+    its place, counted on over such files.
+    """
+    counted = 0
+    for path in paths:
+        if path.is_dir():
+            files = data.image_files(path)
+            if not files:
+                raise data.DataError(f"{path}: there are no images in this folder")
+        elif path.suffix.lower() in data.SUFFIXES:
+            files = [path]
+        else:
+            for images in data.stream(path, CHUNK):
+                ids = list(range(counted, counted + len(images)))
+                yield ids, data.fit(images, image_size, grey)
+                counted += len(images)
+            continue
+        for start in range(0, len(files), CHUNK):
+            part = files[start : start + CHUNK]
+            ids = [f.relative_to(path).as_posix() if path.is_dir() else f.name for f in part]
+            yield ids, data.read_images(part, image_size, grey)
+
+
 def predict(args: argparse.Namespace) -> None:
     """Check everything that was asked for, predict, write."""
     device = models.choose_device(args.device)
     if args.engine == "sparse" and device.type != "cpu":
         raise models.DeviceError(f"--engine sparse: runs on the CPU, not on {device.type}")
-    checkpoint.check_output(args.output)
+    for path in (args.output, args.show):
+        if path is not None:
+            checkpoint.check_output(path)
     model, meta = checkpoint.load(args.weights, device)
-    if meta["num_classes"] != len(data.CLASSES):
-        raise checkpoint.CheckpointError(
-            f"{args.weights}: has {meta['num_classes']} classes, the images {len(data.CLASSES)}"
-        )
-    images_u8, labels = data.load(data.find(args.data), "test")
-    engine = args.engine
-    if engine == "auto":
-        mostly_zeros = (
-            meta["parameters"] < sum(w.numel() for w in prune.weights(model).values()) / 2
-        )
-        engine = "sparse" if mostly_zeros and device.type == "cpu" else "dense"
-    began = time.perf_counter()
-    if engine == "sparse":
-        model = sparse.SparseResNet(model, images_u8.shape[-1])
-    logits = models.infer(model, images_u8, args.batch_size, args.tta)
-    predictions = logits.argmax(1).cpu()
-    seconds = time.perf_counter() - began
-    table = pd.DataFrame({"id": range(len(predictions)), "pred": predictions.numpy()})
-    checkpoint.write(args.output, table.to_csv(index=False))
-    accuracy = models.accuracy(logits, labels)
+    size, grey = meta.get("image_size", 28), meta.get("grey", True)
+    classes, labels = meta.get("classes"), None
+    if args.images:
+        parts = chunks(args.images, size, grey)
+    else:
+        name = meta.get("dataset", "fashion-mnist")
+        if name == "folder" and args.data is None:
+            raise data.DataError(f"{args.weights}: trained on own images; give IMAGES or --data")
+        source = data.find(args.data, "fashion-mnist" if name == "folder" else name, size)
+        if meta["num_classes"] != len(source.classes):
+            raise checkpoint.CheckpointError(
+                f"{args.weights}: has {meta['num_classes']} classes, the images "
+                f"{len(source.classes)}"
+            )
+        if not data.has(source, "test"):
+            raise data.DataError(f"{source.path}: has no test/; give IMAGES")
+        images_u8, labels = data.load(source, "test")
+        classes = classes or source.classes
+        parts = iter([(list(range(len(labels))), data.fit(images_u8, size, grey))])
+    classes = classes or [str(number) for number in range(meta["num_classes"])]
+
+    engine, model = choose_engine(args.engine, model, meta, device)
+    done, right, seconds, shown = 0, 0, 0.0, []
+    bar = tqdm(unit=" images", leave=False, disable=None)
+    with checkpoint.writing(args.output) as file, bar:
+        for ids, images_u8 in parts:
+            if args.invert:
+                images_u8 = 255 - images_u8
+            began = time.perf_counter()
+            logits = models.infer(model, images_u8, args.batch_size, args.tta).cpu()
+            predictions = logits.argmax(1)
+            seconds += time.perf_counter() - began
+            names = [classes[k] for k in predictions]
+            table = pd.DataFrame({"id": ids, "pred": names if args.names else predictions.numpy()})
+            if args.probs:
+                probs = pd.DataFrame(logits.softmax(1).numpy().round(5), columns=classes)
+                table = pd.concat([table, probs], axis=1)
+            table.to_csv(file, index=False, header=done == 0)
+            if args.show and len(shown) < SHEET:
+                certainty = logits.softmax(1).amax(1)
+                titles = [f"{n}\n{c:.0%}" for n, c in zip(names, certainty, strict=True)]
+                shown += list(zip(images_u8, titles, strict=True))[: SHEET - len(shown)]
+            if labels is not None:
+                right += int((predictions == labels).sum())
+            done += len(ids)
+            bar.update(len(ids))
+    if args.show:
+        import plots  # matplotlib takes a second
+
+        images, titles = zip(*shown, strict=True)
+        checkpoint.write(args.show, plots.sheet(torch.stack(images), titles))
+    report = {
+        "weights": str(args.weights),
+        "arch": meta["arch"],
+        "parameters": meta["parameters"],
+        "images": done,
+        "accuracy": None if labels is None else right / done,
+        "tta": args.tta,
+        "engine": engine,
+        "device": device.type,
+        "seconds": round(seconds, 3),
+        "output": str(args.output),
+    }
+    if args.json:
+        print(json.dumps(report))
+        return
+    accuracy = "" if labels is None else f"test accuracy {right / done:.2%}"
+    accuracy += " with mirror images, " if accuracy and args.tta else ", " if accuracy else ""
     print(
-        f"{meta['arch']}, {meta['parameters']:,} parameters: test accuracy {accuracy:.2%}"
-        f"{' with mirror images' if args.tta else ''}, {len(labels):,} images in {seconds:.1f} s "
-        f"on {device.type} ({engine}), predictions in {args.output}"
+        f"{meta['arch']}, {meta['parameters']:,} parameters: {accuracy}{done:,} images in "
+        f"{seconds:.1f} s on {device.type} ({engine}), predictions in {args.output}"
     )
 
 
@@ -100,6 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\npredict.py: stopped, nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

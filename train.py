@@ -171,12 +171,13 @@ class Images:
 
     def __init__(self, images_u8: Tensor, labels: Tensor, recipe: Recipe, classes: int):
         self.images_u8, self.labels, self.recipe, self.classes = images_u8, labels, recipe, classes
-        self.steps = len(labels) // recipe.batch_size
+        self.batch_size = min(recipe.batch_size, len(labels))
+        self.steps = len(labels) // self.batch_size
 
     def batches(self, generator: Generator) -> Iterable[tuple[Tensor, Tensor]]:
         """One epoch of (images, targets): cropped, mixed, ready for the networks."""
         recipe = self.recipe
-        for index in data.batches(len(self.labels), recipe.batch_size, generator):
+        for index in data.batches(len(self.labels), self.batch_size, generator):
             images = data.random_resized_crop(
                 self.images_u8[index], generator, recipe.crop_scale, flip=recipe.flip
             )
@@ -221,13 +222,14 @@ class Network:
         prune.apply_(self.model, masks)
         prune.apply_(self.average.module, masks)
 
-    def cut(self, budget: int, image_size: int, images: Iterable[Tensor]) -> None:
+    def cut(self, budget: int, image_size: int, grey: bool, images: Iterable[Tensor]) -> None:
         """Prune to `budget`, refresh BatchNorm's statistics on `images`, restart the average."""
         masks = self.masks
         if masks is None:
-            prune.fold_equal_channels_(self.model)
-            masks = prune.all_useful(self.model, image_size, grey=True)
-        self.set_masks(prune.choose(self.model, masks, budget, image_size, grey=True))
+            if grey:
+                prune.fold_equal_channels_(self.model)
+            masks = prune.all_useful(self.model, image_size, grey)
+        self.set_masks(prune.choose(self.model, masks, budget, image_size, grey))
         with self.autocast():
             update_bn(images, self.model)
         self.average.n_averaged.zero_()
@@ -411,7 +413,7 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
         best = run.state["best"]
         say(f"{name}: going on after {first} epochs{' and a part' if within else ''}")
 
-    largest = prune.budget_range(model, run.image_size, grey=True)[1] if stage.cuts else 0
+    largest = prune.budget_range(model, *run.kind)[1] if stage.cuts else 0
     epochs = plan(stage, largest, run.budget)
     last_cut = max((i for i, (_, _, budget) in enumerate(epochs) if budget), default=0)
     for index in range(first, len(epochs)):
@@ -426,7 +428,7 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
                 network.start_round()
             if budget is not None:
                 few = zip(range(REFRESH), run.batches(name, index), strict=False)
-                network.cut(budget, run.image_size, [images for _, (images, _) in few])
+                network.cut(budget, *run.kind, [images for _, (images, _) in few])
         in_round = stage.epochs[number - 1] * steps
         rates = [
             learning_rate(epoch * steps + step, in_round, stage.learning_rate)
@@ -574,22 +576,17 @@ class Run:
         seed = (self.seed * len(STAGES) + STAGES.index(stage)) * 100_000 + epoch
         return self.train.batches(Generator(self.device).manual_seed(seed))
 
-    def prepare(
-        self, device: torch.device, images_u8: Tensor, labels: Tensor, full_train: bool
-    ) -> None:
-        """Put the images (N, H, H) and labels (N,) on the device, split or all for training."""
+    def prepare(self, device: torch.device, source: data.Source, full_train: bool) -> None:
+        """Put the images on the device, split into training and validation, or all for training."""
         self.device, self.bf16 = device, bf16_pays(device)
         self.clock = time.perf_counter()
-        self.image_size = images_u8.shape[-1]
-        train, val = data.split_validation(labels, data.VALIDATION)
-        self.val = (images_u8[val].to(device), labels[val].to(device))
-        if full_train:
-            train, self.val = torch.arange(len(labels)), None
-        self.available = len(train)
-        train = train[: self.recipe.images]
-        self.train = Images(
-            images_u8[train].to(device), labels[train].to(device), self.recipe, len(data.CLASSES)
-        )
+        self.source, self.kind = source, (source.image_size, source.grey)
+        (images_u8, labels), val = data.load_train(source, full_train)
+        self.val = None if val is None else (val[0].to(device), val[1].to(device))
+        self.available = len(labels)
+        images_u8, labels = images_u8[: self.recipe.images], labels[: self.recipe.images]
+        classes = len(source.classes)
+        self.train = Images(images_u8.to(device), labels.to(device), self.recipe, classes)
 
     def validate(self, model: nn.Module) -> float | None:
         """Validation accuracy in the precision of training; None without validation images."""
@@ -603,7 +600,7 @@ class Run:
         """A new network, initialised from the run's seed."""
         torch.manual_seed(self.seed * len(STAGES) + STAGES.index(stage))
         arch = "resnet50" if stage == "teacher" else "resnet18"
-        return models.build(arch, len(data.CLASSES), imagenet)
+        return models.build(arch, len(self.source.classes), imagenet)
 
     def keep(self, stage: str, model: nn.Module) -> None:
         """Write the finished network of a stage, with what is known of it."""
@@ -614,9 +611,11 @@ class Run:
             val = models.accuracy(models.infer(model, self.val[0]), self.val[1])
         meta = {
             "arch": "resnet50" if stage == "teacher" else "resnet18",
-            "num_classes": len(data.CLASSES),
-            "classes": list(data.CLASSES),
-            "image_size": self.image_size,
+            "num_classes": len(self.source.classes),
+            "classes": list(self.source.classes),
+            "dataset": self.source.name,
+            "image_size": self.source.image_size,
+            "grey": self.source.grey,
             "stage": stage,
             "recipe": self.recipe_name,
             "seed": self.seed,
@@ -681,7 +680,7 @@ def measure(run: Run, stages: Iterable[str]) -> dict[str, float]:
             loss, _ = network.step(*batch, teacher, rate=0.0)
             loss.item()
             times.append(time.perf_counter() - began)
-        seconds[stage] = sorted(times)[len(times) // 2] / run.recipe.batch_size
+        seconds[stage] = sorted(times)[len(times) // 2] / run.train.batch_size
     return seconds
 
 
@@ -709,27 +708,41 @@ def train(run: Run, teacher_file: Path | None, imagenet: bool) -> None:
     run.keep("pruned", fit(run, "pruned", student, teacher))
 
 
-def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
-    """Read the files that the run wrote, measure test, and write summary, curves and record."""
-    images_u8, labels = data.load(folder, "test")
+def finish(run: Run, teacher_file: Path | None) -> None:
+    """Read the files that the run wrote, measure test, and write summary, pictures and record."""
+    test = data.load(run.source, "test") if data.has(run.source, "test") else None
     stages = {}
     for stage in STAGES:
         path = (teacher_file if stage == "teacher" else None) or run.path(stage)
         model, meta = checkpoint.load(path, run.device)
-        test = models.accuracy(models.infer(model, images_u8), labels)
+        seconds = sum(row["seconds"] for row in run.rows if row["stage"] == stage)
+        logits = None if test is None else models.infer(model, test[0])
         stages[stage] = {
             "file": path.name,
             "kilobytes": round(path.stat().st_size / 1000),
             "parameters": meta["parameters"],
             "val_accuracy": meta.get("val_accuracy"),
-            "test_accuracy": test,
+            "test_accuracy": None if test is None else models.accuracy(logits, test[1]),
+            "minutes": round(seconds / 60, 1),
         }
-    size = (1, 3, run.image_size, run.image_size)
-    summary = torchinfo.summary(prune.masked(model.cpu()), size, verbose=0)
+    images = (1, 3, run.source.image_size, run.source.image_size)
+    summary = torchinfo.summary(prune.masked(model.cpu()), images, verbose=0)
     checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
     checkpoint.write(run.folder / "curves.png", plots.curves(run.folder / "metrics.csv"))
+    live = prune.all_useful(model, *run.kind)
+    kept = {name: int(w.count_nonzero()) for name, w in prune.weights(model).items()}
+    could = {name: int(mask.sum()) for name, mask in live.items()}
+    checkpoint.write(run.folder / "layers.png", plots.layers(kept, could))
+    if (shown := test or run.val) is not None:
+        if test is None:
+            logits = models.infer(model, shown[0])
+        images_u8, labels, probs = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1)
+        for name, picture in (("confusion", plots.confusion), ("mistakes", plots.mistakes)):
+            png = picture(images_u8, labels, probs, run.source.classes)
+            checkpoint.write(run.folder / f"{name}.png", png)
     run.record |= {
         "stages": stages,
+        "classes": len(run.source.classes),
         "torchinfo_total_params": summary.total_params,
         "minutes": round(run.minutes, 1),
         "commit": commit(),
@@ -746,7 +759,7 @@ def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
     checkpoint.write(run.folder / "run.json", json.dumps(run.record, indent=2))
     for name in (STATE, STATE_BEFORE):  # all they held is in the other files now
         (run.folder / name).unlink(missing_ok=True)
-    if run.recipe_name != "quick":
+    if run.recipe_name != "quick" and run.source.name == "fashion-mnist":
         row = {
             "name": run.record["name"],
             "recipe": run.recipe_name,
@@ -763,8 +776,8 @@ def finish(run: Run, folder: Path, teacher_file: Path | None) -> None:
 
 
 def _accuracies(stage: dict) -> dict[str, str]:
-    val = stage["val_accuracy"]
-    return {"val": "" if val is None else f"{val:.4f}", "test": f"{stage['test_accuracy']:.4f}"}
+    pairs = {"val": stage["val_accuracy"], "test": stage["test_accuracy"]}
+    return {name: "" if value is None else f"{value:.4f}" for name, value in pairs.items()}
 
 
 def peak_memory_mb(device: torch.device) -> int:
@@ -783,19 +796,24 @@ def device_name(device: torch.device) -> str:
 
 def report(run: Run) -> None:
     """The table at the end."""
-    print(f"\n{'stage':10}{'parameters':>12}{'val':>9}{'test':>9}{'kB':>9}  file")
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{share:.2%}"
+
+    columns = f"{'parameters':>12}{'val':>9}{'test':>9}{'minutes':>9}{'kB':>9}"
+    print(f"\n{'stage':8}{columns}  file")
     for stage, row in run.record["stages"].items():
-        val = "-" if row["val_accuracy"] is None else f"{row['val_accuracy']:.2%}"
         print(
-            f"{stage:10}{row['parameters']:>12,}{val:>9}{row['test_accuracy']:>9.2%}"
-            f"{row['kilobytes']:>9,}  {row['file']}"
+            f"{stage:8}{row['parameters']:>12,}{percent(row['val_accuracy']):>9}"
+            f"{percent(row['test_accuracy']):>9}{row['minutes']:>9.1f}{row['kilobytes']:>9,}"
+            f"  {row['file']}"
         )
     print(f"{run.record['minutes']:.0f} minutes; everything is in {run.folder}")
-    val, classes = run.record["stages"]["pruned"]["val_accuracy"], len(data.CLASSES)
-    if val is not None and val < 2 / classes:
+    val, chance = run.record["stages"]["pruned"]["val_accuracy"], 1 / run.record["classes"]
+    if val is not None and val < 2 * chance and chance < 0.3:
         print(
             f"train.py: warning: the pruned network has collapsed, its accuracy is near chance "
-            f"({1 / classes:.0%}); a larger --budget or a longer recipe may help",
+            f"({chance:.0%}); a larger --budget or a longer recipe may help",
             file=sys.stderr,
         )
 
@@ -830,10 +848,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where = parser.add_argument_group("where")
     where.add_argument("--name", help="of the run, a folder in runs/ (default <recipe>-seed<seed>)")
     where.add_argument(
+        "--dataset",
+        choices=data.DATASETS,
+        default="fashion-mnist",
+        help="images by name (default: fashion-mnist)",
+    )
+    where.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder with the images (default: found or fetched)",
+        help="folder with the images (default: found or fetched), or with your own: "
+        "DIR/train/<class>/*.png, optional val/ and test/",
+    )
+    where.add_argument(
+        "--image-size", type=int, metavar="N", help="pixels a side to resize to (own images: 28)"
     )
     where.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
     return parser.parse_args(argv)
@@ -847,16 +875,25 @@ def start(args: argparse.Namespace) -> None:
     )
     if not 0 <= args.seed < 10**9:
         raise UsageError(f"--seed {args.seed}: a number from 0 to 999,999,999")
-    folder = data.find(args.data)
-    name = args.name or f"{recipe_name}-seed{args.seed}"
+    source = data.find(args.data, args.dataset, args.image_size)
+    name = args.name or "-".join(
+        [
+            recipe_name,
+            *([source.name] if source.name != "fashion-mnist" else []),
+            f"seed{args.seed}",
+        ]
+    )
     if Path(name).name != name or name in (".", ".."):
         raise UsageError(f"--name {name}: a name, not a path")
-    images_u8, labels = data.load(folder, "train")
+    for split in ("train", "val", "test"):  # damage is found now, not after hours
+        if data.has(source, split):
+            data.load(source, split)
+    classes = len(source.classes)
     try:
-        probe = models.build("resnet18", len(data.CLASSES), args.imagenet)
+        probe = models.build("resnet18", classes, args.imagenet)
     except OSError as error:
         raise UsageError(f"--imagenet: the weights cannot be downloaded ({error})") from None
-    smallest, largest = prune.budget_range(probe, images_u8.shape[-1], grey=True)
+    smallest, largest = prune.budget_range(probe, source.image_size, source.grey)
     if not smallest <= args.budget <= largest:
         raise UsageError(
             f"--budget {args.budget:,}: possible are {smallest:,} (BatchNorm, biases, and "
@@ -864,10 +901,10 @@ def start(args: argparse.Namespace) -> None:
         )
     if args.teacher is not None:
         _, meta = checkpoint.load(args.teacher)
-        if meta["arch"] != "resnet50" or meta["num_classes"] != len(data.CLASSES):
+        if meta["arch"] != "resnet50" or meta["num_classes"] != classes:
             raise UsageError(
                 f"{args.teacher}: a {meta['arch']} with {meta['num_classes']} classes, the teacher "
-                f"must be a resnet50 with {len(data.CLASSES)}"
+                f"must be a resnet50 with {classes}"
             )
     recipe = RECIPES[recipe_name]
     settings = {
@@ -877,6 +914,8 @@ def start(args: argparse.Namespace) -> None:
         "teacher": None if args.teacher is None else str(args.teacher.resolve()),
         "imagenet": args.imagenet,
         "full_train": args.full_train,
+        "dataset": source.name if source.name != "folder" else str(source.path.resolve()),
+        "image_size": source.image_size,
     }
     if recipe.batch_size % processes():
         raise UsageError(
@@ -891,12 +930,12 @@ def start(args: argparse.Namespace) -> None:
         if "stages" in run.record:
             say(f"{run.folder}: this run is finished; --name or --seed starts another")
         else:
-            run.prepare(device, images_u8, labels, args.full_train)
+            run.prepare(device, source, args.full_train)
             announce(run, args.teacher)
             with run.stop:
                 train(run, args.teacher, args.imagenet)
             if process() == 0:
-                finish(run, folder, args.teacher)
+                finish(run, args.teacher)
         if process() == 0:
             report(run)
 
@@ -922,7 +961,7 @@ def announce(run: Run, teacher_file: Path | None) -> None:
     """Device, recipe, epochs and, from a few measured steps, the expected time."""
     stages = STAGES if teacher_file is None else STAGES[1:]
     say(f"device {device_name(run.device)}, {'bf16' if run.bf16 else 'fp32'}, run {run.folder}")
-    images = run.train.steps * run.recipe.batch_size
+    images = run.train.steps * run.train.batch_size
     say(f"recipe {run.recipe_name}, seed {run.seed}, {images:,} images an epoch")
     seconds = measure(run, stages)
 

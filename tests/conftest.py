@@ -11,9 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import tiny as shrunk
 
+import checkpoint
 import data
 import models
+import prune
 import train
+
+META = {"arch": "resnet18", "num_classes": 10, "budget": 100_000, "classes": list("abcdefghij")}
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +53,15 @@ def resnet18() -> torch.nn.Module:
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model
+
+
+@pytest.fixture(scope="session")
+def shipped_like(tmp_path_factory):
+    """A pruned file as train.py writes it, with random weights."""
+    torch.manual_seed(0)
+    model = models.build("resnet18", 10)
+    masks = prune.all_useful(model, 28, grey=True)
+    prune.apply_(model, prune.choose(model, masks, 100_000, 28, grey=True))
+    path = tmp_path_factory.mktemp("weights") / "pruned.pth"
+    checkpoint.save(path, model, META)
+    return path

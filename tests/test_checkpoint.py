@@ -3,13 +3,12 @@ import pickle
 
 import pytest
 import torch
+from conftest import META
 from torch.nn.utils import prune as torch_prune
 
 import checkpoint
 import models
 import prune
-
-META = {"arch": "resnet18", "num_classes": 10, "budget": 100_000, "classes": list("abcdefghij")}
 
 
 @pytest.fixture
@@ -205,18 +204,6 @@ KINDS = (
     "NaN", "over budget", "miscounted", "positions", "positions beyond", "too few values",
     "too many others", "dtype", "flipped bit", "cut short", "bomb", "classes",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def shipped_like(tmp_path_factory):
-    """A pruned file as train.py writes it, with random weights."""
-    torch.manual_seed(0)
-    model = models.build("resnet18", 10)
-    masks = prune.all_useful(model, 28, grey=True)
-    prune.apply_(model, prune.choose(model, masks, 100_000, 28, grey=True))
-    path = tmp_path_factory.mktemp("weights") / "pruned.pth"
-    checkpoint.save(path, model, META)
-    return path
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -151,8 +151,8 @@ def test_a_wrong_checksum_is_refused(archives):
     path = archives / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(data.DataError, match=r"t10k-images.*MD5"):
-        data.load(archives, "test")
-    data.load(archives, "train")
+        data.load(data.find(archives), "test")
+    data.load(data.find(archives), "train")
 
 
 @pytest.mark.parametrize(
@@ -170,17 +170,17 @@ def test_damaged_raw_files_are_refused(tmp_path, tiny_data, name, content, messa
     shutil.copytree(tiny_data, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(data.DataError, match=message):
-        data.load(tmp_path, "test")
+        data.load(data.find(tmp_path), "test")
 
 
 def test_a_given_folder_without_the_files_is_refused_even_if_others_have_them(tmp_path):
-    with pytest.raises(data.DataError, match="are not there"):
+    with pytest.raises(data.DataError, match="neither the four"):
         data.find(tmp_path)
 
 
 def test_debians_folder_comes_before_a_download(archives, nowhere):
     shutil.copytree(archives, data.DEBIAN_DIR)
-    assert data.find() == data.DEBIAN_DIR
+    assert data.find().path == data.DEBIAN_DIR
 
 
 def test_torchvision_downloads_once(archives, nowhere, monkeypatch):
@@ -191,7 +191,7 @@ def test_torchvision_downloads_once(archives, nowhere, monkeypatch):
         shutil.copytree(archives, root / "FashionMNIST" / "raw")
 
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", download)
-    assert data.find() == nowhere / "FashionMNIST" / "raw" == data.find()
+    assert data.find().path == nowhere / "FashionMNIST" / "raw" == data.find().path
     assert calls == [nowhere]
 
 

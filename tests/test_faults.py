@@ -30,7 +30,7 @@ def expected(folder):
 
 def test_killed_and_stopped_runs_end_with_the_same_weights(folder, expected):
     shutil.rmtree(folder / "runs")
-    for die in ("step 3", "write 4", "rename 5"):
+    for die in ("step 7", "write 6"):
         assert faults.run(folder, DIE=die).returncode == -9
         assert faults.loadable(folder)
     ended = faults.run(folder, STOP="step 2")

@@ -2,7 +2,7 @@ import csv
 
 import pytest
 import torch
-from test_checkpoint import KINDS, damage, shipped_like  # noqa: F401  (a fixture)
+from test_checkpoint import KINDS, damage
 
 import checkpoint
 import data
@@ -11,7 +11,7 @@ import predict
 
 
 @pytest.fixture
-def flags(tmp_path, shipped_like, tiny_data):  # noqa: F811
+def flags(tmp_path, shipped_like, tiny_data):
     """predict.main's flags with good weights, and an output that must not be lost."""
     weights = tmp_path / "weights.pth"
     weights.write_bytes(shipped_like.read_bytes())
@@ -69,7 +69,7 @@ def test_wrong_usage_is_argparses(wrong, capsys):
 
 def test_mirror_images_and_batch_sizes_reach_the_network(flags, tmp_path, tiny_data, capsys):
     model, _ = checkpoint.load(tmp_path / "weights.pth")
-    images, _ = data.load(tiny_data, "test")
+    images, _ = data.load(data.find(tiny_data), "test")
     for more, options in (
         ([], {}),
         (["--batch-size", "7"], {"batch_size": 7}),

@@ -91,7 +91,7 @@ def test_the_shipped_weights_are_what_they_say():
 @pytest.mark.skipif(not data.DEBIAN_DIR.exists(), reason="needs the images, and fetches none")
 def test_the_shipped_weights_reach_the_accuracy_in_the_results():
     model, _ = checkpoint.load(SHIPPED)
-    images, labels = data.load(data.DEBIAN_DIR, "test")
+    images, labels = data.load(data.find(data.DEBIAN_DIR), "test")
     accuracy = models.accuracy(models.infer(model, images), labels)
     assert f"{accuracy:.4f}" == shipped_row()["pruned_test"]
 

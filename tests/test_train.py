@@ -77,7 +77,7 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
 
     steps()  # fills the momenta of weights that are pruned next
     for budget in (1_000_000, 100_000):
-        network.cut(budget, 28, [images])
+        network.cut(budget, 28, True, [images])
         before = prune.weights(network.model)["layer1.0.conv1.weight"].clone()
         steps()
         after = prune.weights(network.model)["layer1.0.conv1.weight"]
@@ -93,7 +93,7 @@ def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given():
     stage = train.Stage((1,), "sgd", 0.1, 0)
     network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), bf16=False)
     images = torch.randn(4, 1, 28, 28).expand(-1, 3, -1, -1)
-    network.cut(100_000, 28, [images])
+    network.cut(100_000, 28, True, [images])
     out = network.model.conv1(images)
     torch.testing.assert_close(network.model.bn1.running_mean, out.mean((0, 2, 3)))
     torch.testing.assert_close(network.average.module.bn1.running_mean, out.mean((0, 2, 3)))
@@ -110,7 +110,7 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
     )
     train.RECIPES["quick"] = recipe  # restored by the fixture
     run = train.Run(tmp_path / "run", "quick", {"seed": 0, "budget": 100_000})
-    run.prepare(torch.device("cpu"), *data.load(tiny_data, "train"), full_train=False)
+    run.prepare(torch.device("cpu"), data.find(tiny_data), full_train=False)
     torch.manual_seed(0)
     model = train.fit(run, "teacher", models.build("resnet18", 10))
     assert models.accuracy(models.infer(model, run.val[0]), run.val[1]) > 0.6
@@ -126,7 +126,8 @@ def test_the_whole_chain(tiny, folder, tmp_path, tiny_data, capsys):
     printed = capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {
         "teacher.pth", "student.pth", "pruned_resnet18.pth",
-        "metrics.csv", "curves.png", "summary.txt", "run.json",
+        "metrics.csv", "summary.txt", "run.json",
+        "curves.png", "confusion.png", "mistakes.png", "layers.png",
     }  # fmt: skip
     assert "in all about" in printed and "the recipe full" in printed
 
@@ -146,7 +147,7 @@ def test_the_whole_chain(tiny, folder, tmp_path, tiny_data, capsys):
 
     record = json.loads((folder / "run.json").read_text())
     assert record["torchinfo_total_params"] == 100_000
-    images, labels = data.load(tiny_data, "test")
+    images, labels = data.load(data.find(tiny_data), "test")
     accuracy = models.accuracy(models.infer(model, images), labels)
     assert record["stages"]["pruned"]["test_accuracy"] == accuracy
     assert record["stages"]["pruned"]["val_accuracy"] == meta["val_accuracy"]
@@ -281,7 +282,7 @@ def test_longer_recipes_write_a_results_row(tiny, tmp_path, monkeypatch):
         (["--device", "cuda"], "--device cuda"),
         (["--budget", "10969"], "possible are 10,970"),
         (["--budget", "5000000"], "to 4,228,554"),
-        (["--data", "absent"], "absent: the four"),
+        (["--data", "absent"], "absent: neither the four"),
         (["--teacher", "absent.pth"], "absent.pth: cannot be loaded: No such file"),
         (["--name", "a/b"], "--name a/b"),
         (["--seed", "-1"], "--seed -1"),

@@ -17,6 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
+import prune
 import train
 
 IDX = {
@@ -84,12 +85,26 @@ def _signal_at(moment: str, number: int) -> None:
     setattr(owner, name, counted)
 
 
+def _counted(fit):
+    """train.fit that says, in every process, how many parameters it left."""
+
+    def counted(run, name, *args):
+        model = fit(run, name, *args)
+        if name == "pruned":
+            print(f"{prune.count(model)} parameters left", file=sys.stderr)
+        return model
+
+    return counted
+
+
 def main() -> int:
     folder, flags = Path(sys.argv[1]), sys.argv[2:]
     train.RECIPES["quick"] = RECIPE
     train.RUNS, train.RESULTS = folder / "runs", folder / "results.csv"
     train.announce = lambda run, teacher: None  # its steps are not training steps
     data.VALIDATION = VALIDATION
+    if "RANK" in os.environ:  # under torchrun
+        train.fit = _counted(train.fit)
     for name, number in (("DIE", signal.SIGKILL), ("STOP", signal.SIGTERM)):
         if moment := os.environ.get(name):
             _signal_at(moment, number)

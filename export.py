@@ -1,0 +1,241 @@
+"""Write a pruned network as ONNX, with everything removed that cannot matter.
+
+    uv run --group export export.py -w pruned_resnet18.pth     # writes pruned_resnet18.onnx
+
+ONNX has no sparse convolution, so what zeros are left are stored and multiplied. But BatchNorm is
+folded into the convolutions, channels that nobody reads go, and so do kernel taps that only ever
+meet padding. The file takes uint8 images (N, H, W) (colour: (N, 3, H, W)) as they are, and gives
+logits. It is checked against PyTorch, with onnxruntime, before it gets its name.
+"""
+
+import argparse
+import io
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import data
+import models
+
+TOLERANCE = 1e-4  # of logits, between PyTorch and the export
+
+
+class ExportError(Exception):
+    """The network cannot be exported; the message is one line for the user."""
+
+
+class Slim(nn.Module):
+    """A torchvision ResNet's function of uint8 images, without what cannot matter to it."""
+
+    def __init__(self, model: nn.Module, image_size: int, grey: bool):
+        super().__init__()
+        self.grey = grey
+        self.model = models.fold_batchnorm(model).cpu().float().requires_grad_(False)
+        if grey:  # three equal channels are one
+            conv = self.model.conv1
+            _replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
+        remove_channels_(self.model)
+        self._crop_kernels_(image_size)
+
+    def forward(self, images_u8: Tensor) -> Tensor:
+        images = images_u8.float() / 127.5 - 1
+        return self.model(images.unsqueeze(1) if self.grey else images)
+
+    def _crop_kernels_(self, image_size: int) -> None:
+        """Where a convolution has one output position, leave out the taps that meet padding."""
+        convs = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
+        sizes: dict[nn.Module, tuple[int, int]] = {}
+        hooks = [
+            conv.register_forward_hook(
+                lambda conv, inputs, output: sizes.update(
+                    {conv: (inputs[0].shape[-1], output.shape[-1])}
+                )
+            )
+            for conv in convs
+        ]
+        channels = () if self.grey else (3,)
+        self(torch.zeros(1, *channels, image_size, image_size, dtype=torch.uint8))
+        for hook in hooks:
+            hook.remove()
+        for conv in convs:
+            size, outputs = sizes[conv]
+            if outputs == 1:
+                kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+                low, high = models.live_taps(size, kernel, stride, padding)
+                _replace_(conv, conv.weight[:, :, low:high, low:high], conv.bias)
+                conv.padding = (0, 0)
+
+
+def remove_channels_(model: nn.Module) -> None:
+    """Remove all channels that nobody reads or that are always zero from a folded ResNet.
+
+    Channels that are added to each other (those of the stem and all blocks of a stage) come and go
+    together.
+    """
+    groups = channel_groups(model)
+    while True:
+        before = sum(int(m.weight.count_nonzero()) for m in _layers(model))
+        for writers, readers in groups:
+            read = torch.stack([_by_input(reader) for reader in readers]).any(0)
+            written = torch.stack([w.weight.flatten(1).any(1) | (w.bias > 0) for w in writers]).any(
+                0
+            )
+            alive = read & written
+            for writer in writers:
+                writer.weight[~alive], writer.bias[~alive] = 0, 0
+            for reader in readers:
+                reader.weight[:, ~alive] = 0
+        if before == sum(int(m.weight.count_nonzero()) for m in _layers(model)):
+            break
+    for writers, readers in groups:
+        alive = torch.stack([_by_input(reader) for reader in readers]).any(0)
+        alive[0] |= not alive.any()  # a layer without channels is none
+        for writer in writers:
+            _replace_(writer, writer.weight[alive], writer.bias[alive])
+        for reader in readers:
+            _replace_(reader, reader.weight[:, alive], reader.bias)
+
+
+def channel_groups(model: nn.Module) -> list[tuple[list[nn.Module], list[nn.Module]]]:
+    """(layers that write, layers that read) for each set of channels of a folded ResNet."""
+    groups, writers, readers = [], [model.conv1], []
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for block in stage:
+            convs = [module for name, module in block.named_children() if name[:4] == "conv"]
+            readers.append(convs[0])
+            if block.downsample is not None:
+                readers.append(block.downsample[0])
+                groups.append((writers, readers))
+                writers, readers = [block.downsample[0]], []
+            groups += [([a], [b]) for a, b in itertools.pairwise(convs)]
+            writers.append(convs[-1])
+    groups.append((writers, [*readers, model.fc]))
+    return groups
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def _by_input(layer: nn.Module) -> Tensor:
+    """Which input channels have a weight that is not zero."""
+    return layer.weight.transpose(0, 1).flatten(1).any(1)
+
+
+def _replace_(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Give `layer` other weights, of any shape."""
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    layer.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
+    if isinstance(layer, nn.Conv2d):
+        layer.out_channels, layer.in_channels = weight.shape[:2]
+        layer.kernel_size = tuple(weight.shape[2:])
+    else:
+        layer.out_features, layer.in_features = weight.shape
+
+
+def to_onnx(module: nn.Module, example: Tensor) -> bytes:
+    """`module` as an ONNX file, for any number of images."""
+    file = io.BytesIO()
+    program = torch.onnx.export(
+        module,
+        (example,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    program.save(file)
+    return file.getvalue()
+
+
+def run(onnx: bytes, images_u8: Tensor, batch: int = 250) -> tuple[Tensor, float]:
+    """Logits of an exported file by onnxruntime, and images per second."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(onnx)
+    session.run(None, {"images": images_u8[:batch].numpy()})  # warm up
+    began = time.perf_counter()
+    parts = [session.run(None, {"images": part.numpy()})[0] for part in images_u8.split(batch)]
+    seconds = time.perf_counter() - began
+    return torch.cat([torch.from_numpy(part) for part in parts]), len(images_u8) / seconds
+
+
+class Stock(nn.Module):
+    """The network as it is, of uint8 images: what the export is compared with."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_u8: Tensor) -> Tensor:
+        return self.model(models.normalize(images_u8))
+
+
+def export(args: argparse.Namespace) -> None:
+    """Check everything that was asked for, export, compare, write."""
+    output = args.output or args.weights.with_suffix(".onnx")
+    checkpoint.check_output(output)
+    model, meta = checkpoint.load(args.weights)
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f"{error.name} is not installed: uv run --group export ...") from None
+    size, grey = meta.get("image_size", 28), meta.get("grey", True)
+    name = meta.get("dataset", "fashion-mnist")
+    if name == "folder":
+        shape = (1000, size, size) if grey else (1000, 3, size, size)
+        generator = torch.Generator().manual_seed(0)
+        images_u8 = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        what = "random images"
+    else:
+        images_u8 = data.load(data.find(args.data, name, size), "test")[0]
+        what = "test images"
+    slim, stock = to_onnx(Slim(model, size, grey).eval(), images_u8[:2]), None
+    logits, speed = run(slim, images_u8)
+    expected = models.infer(model, images_u8)
+    difference = float((logits - expected).abs().max())
+    if difference > TOLERANCE:
+        raise ExportError(f"the export differs by {difference:.1e} in a logit; nothing was written")
+    checkpoint.write(output, slim)
+    stock = to_onnx(Stock(model).eval(), images_u8[:2])
+    _, stock_speed = run(stock, images_u8)
+    same = int((logits.argmax(1) == expected.argmax(1)).sum())
+    print(f"{output}: {same:,} of {len(images_u8):,} {what} as in PyTorch, ", end="")
+    print(f"logits within {difference:.0e}")
+    print(f"{'':8}{'kB':>9}{'images/s (onnxruntime)':>25}")
+    for title, file, rate in (("export", slim, speed), ("stock", stock, stock_speed)):
+        print(f"{title:8}{len(file) / 1000:>9,.0f}{rate:>25,.0f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Write a network as ONNX, without channels and kernel taps that cannot matter."
+    )
+    parser.add_argument(
+        "-w", "--weights", type=Path, required=True, metavar="FILE", help="weights of a ResNet"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: FILE.onnx beside the weights"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder with the images that it is checked with"
+    )
+    args = parser.parse_args(argv)
+    try:
+        with torch.inference_mode():
+            export(args)
+    except (ExportError, data.DataError, checkpoint.CheckpointError) as error:
+        print(f"export.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

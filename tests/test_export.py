@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import export
+import models
+import prune
+
+
+def images(n, *shape):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (n, *shape), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("budget", [20_000, 100_000])
+def test_a_slim_network_computes_the_same_with_fewer_channels(budget, resnet18):
+    masks = prune.all_useful(resnet18, 28, grey=True)
+    prune.fold_equal_channels_(resnet18)
+    prune.apply_(resnet18, prune.choose(resnet18, masks, budget, 28, grey=True))
+    slim, batch = export.Slim(resnet18, 28, grey=True).eval(), images(9, 28, 28)
+    torch.testing.assert_close(slim(batch), models.infer(resnet18, batch), atol=1e-4, rtol=0)
+    parameters = sum(p.numel() for p in slim.parameters())
+    assert parameters < 5_000_000 * (1 if budget == 100_000 else 0.5)
+    assert slim.model.layer4[1].conv2.kernel_size == (1, 1)
+    assert slim.model.layer4[0].conv1.kernel_size == (2, 2)
+
+
+def test_constant_channels_stay_and_empty_layers_leave_one(resnet18):
+    with torch.no_grad():
+        resnet18.layer1[0].conv1.weight[3] = 0  # constant, but not zero, and read
+        resnet18.layer1[0].bn1.bias[3] = 5
+        resnet18.layer2[1].conv1.weight.zero_()
+        resnet18.layer2[1].bn1.bias.fill_(-1)
+        resnet18.layer2[1].bn1.running_mean.zero_()
+        resnet18.fc.weight[:, 10:20] = 0
+        resnet18.layer4[1].conv1.weight[:, 10:20] = 0
+    slim, batch = export.Slim(resnet18.eval(), 28, grey=True).eval(), images(9, 28, 28)
+    torch.testing.assert_close(slim(batch), models.infer(resnet18, batch), atol=1e-4, rtol=0)
+    assert slim.model.layer2[1].conv2.in_channels == 1
+    assert slim.model.fc.in_features == 502
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+def test_dense_colour_networks(arch):
+    torch.manual_seed(0)
+    model, batch = models.build(arch, 3).eval(), images(3, 3, 40, 40)
+    slim = export.Slim(model, 40, grey=False).eval()
+    torch.testing.assert_close(slim(batch), models.infer(model, batch), atol=1e-4, rtol=1e-4)
+
+
+def test_the_onnx_file_is_checked_and_written(tmp_path, shipped_like, tiny_data, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs --group export")
+    pytest.importorskip("onnxscript", reason="needs --group export")
+    out = tmp_path / "net.onnx"
+    flags = ["-w", str(shipped_like), "-o", str(out), "--data", str(tiny_data)]
+    assert export.main(flags) == 0
+    assert "40 of 40 test images as in PyTorch" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(out)
+    batch = images(5, 28, 28)
+    (logits,) = session.run(None, {"images": batch.numpy()})
+    expected = models.infer(checkpoint.load(shipped_like)[0], batch)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+
+
+def test_bad_input_gets_one_line(tmp_path, capsys, shipped_like):
+    assert export.main(["-w", str(tmp_path / "absent.pth")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("export.py: ") and error.count("\n") == 1
+    assert export.main(["-w", str(shipped_like), "-o", str(tmp_path / "no" / "x.onnx")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
