@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
             "train": lambda: training(source, device),
             "files": lambda: files(args.weights),
         }
-        results = {name: part() for name, part in parts.items() if args.only in (None, name)}
+        results = {name: parts[name]() for name in PARTS if args.only in (None, name)}
     except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,34 @@
+"""bench.py with short rounds: that it measures what it says, not how fast it is."""
+
+import json
+
+import pytest
+
+import bench
+import data
+
+
+@pytest.mark.parametrize("part", ["predict", "files", "train"])
+def test_the_last_line_is_json_with_a_figure_for_each(
+    part, tiny, tiny_data, shipped_like, monkeypatch, capsys
+):
+    import train
+
+    monkeypatch.setitem(train.RECIPES, "cpu", train.RECIPES["quick"])
+    monkeypatch.setattr(data, "DEBIAN_DIR", tiny_data)
+    monkeypatch.setattr(bench, "BATCHES", (1, 5))
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    monkeypatch.setattr(bench, "SECONDS", 0)
+    flags = ["--only", part, "-w", str(shipped_like), "--data", str(tiny_data), "--device", "cpu"]
+    assert bench.main(flags) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    if part == "predict":
+        for engine in ("dense_fp32", "dense_bf16", "sparse"):
+            rates, ranges = results["predict"][engine], results["ranges"]["predict"][engine]
+            assert list(rates) == ["1", "5"]
+            assert all(ranges[n][0] <= rates[n] <= ranges[n][1] for n in rates)
+    if part == "files":
+        assert results["files"]["pruned"]["bytes"] == shipped_like.stat().st_size
+        assert results["files"]["plain"]["bytes"] > 44_000_000
+    if part == "train":
+        assert min(results["train"][loop] for loop in ("ours", "bare", "usual")) > 0
