@@ -36,7 +36,7 @@ import train
 
 WEIGHTS = Path(__file__).resolve().parent / "pruned_resnet18.pth"
 BATCHES = (1, 32, 256, 1024)
-PARTS = ("predict", "train", "files")
+PARTS = ("train", "files", "predict")  # predict last: training after OpenVINO ran can crash
 ROUNDS = 5  # of all that is compared, in turns
 SECONDS = 0.3  # at least, that each is run in a round
 
