@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ VALIDATION = 5000  # images held out for validation, at most a fifth, the same s
 TORCHVISION = {"mnist": "MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
 DATASETS = ("fashion-mnist", *TORCHVISION)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+MOST_BYTES = 2**28  # of images that are read at a time
 SIZES = (8, 512)  # of the images, smallest and largest
 
 
@@ -372,38 +374,47 @@ def stream(path: Path, chunk: int) -> Iterator[Tensor]:
     Yields uint8 (n, H, W) or (n, 3, H, W). Raises DataError.
     """
     try:
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if array.ndim == 4 and array.shape[-1] == 3:
-                array = array.transpose(0, 3, 1, 2)
-            if array.dtype != np.uint8 or not (
-                array.ndim == 3 or (array.ndim == 4 and array.shape[1] == 3)
-            ):
-                raise DataError(
-                    f"{path}: {array.dtype} {array.shape}, expected uint8 (N, H, W) or (N, H, W, 3)"
-                )
-            if min(array.shape) < 1 or max(array.shape[-2:]) > 4096:
-                raise DataError(f"{path}: no images of 1 to 4096 pixels a side: {array.shape}")
-            for start in range(0, len(array), chunk):
-                yield torch.from_numpy(np.array(array[start : start + chunk]))
-            return
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            header = file.read(16)
-            if len(header) < 16 or header[:4] != bytes((0, 0, 8, 3)):
-                raise DataError(f"{path}: neither an image nor an IDX file of images")
-            n, height, width = np.frombuffer(header, ">i4", 3, offset=4).tolist()
-            if n < 1 or not (0 < height <= 4096 and 0 < width <= 4096):
-                raise DataError(f"{path}: the header says {n} images of {height}x{width}")
+            shape = _npy_shape(file, path) if path.suffix == ".npy" else _idx_shape(file, path)
+            n, *image = shape
+            if n < 1 or not all(0 < side <= 4096 for side in image):
+                raise DataError(f"{path}: its header says {n} images of {image}")
+            chunk = max(1, min(chunk, MOST_BYTES // math.prod(image)))
             for start in range(0, n, chunk):
-                wanted = min(chunk, n - start)
-                pixels = file.read(wanted * height * width)
-                if len(pixels) != wanted * height * width:
-                    raise DataError(f"{path}: truncated, the header says {n} images")
-                yield torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, height, width)
+                shape = min(chunk, n - start), *image
+                pixels = file.read(math.prod(shape))
+                if len(pixels) != math.prod(shape):
+                    raise DataError(f"{path}: truncated, its header says {n} images")
+                images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape)
+                yield images.permute(0, 3, 1, 2) if shape[-1] == 3 and len(shape) == 4 else images
             if file.read(1):
                 raise DataError(f"{path}: longer than the {n} images its header says")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+
+
+def _idx_shape(file: BinaryIO, path: Path) -> list[int]:
+    header = file.read(16)
+    if len(header) < 16 or header[:4] != bytes((0, 0, 8, 3)):
+        raise DataError(f"{path}: neither an image nor an IDX file of images")
+    return np.frombuffer(header, ">i4", 3, offset=4).tolist()
+
+
+def _npy_shape(file: BinaryIO, path: Path) -> list[int]:
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    version = np.lib.format.read_magic(file)
+    if version not in read_header:
+        raise DataError(f"{path}: .npy version {version}, known are 1.0 and 2.0")
+    shape, columns_first, dtype = read_header[version](file)
+    colour = len(shape) == 4 and 3 in (shape[1], shape[3])
+    if dtype != np.uint8 or columns_first or not (len(shape) == 3 or colour):
+        raise DataError(
+            f"{path}: {dtype} {shape}, expected uint8 (N, H, W), (N, H, W, 3) or (N, 3, H, W)"
+        )
+    return list(shape)
 
 
 # --- batches and augmentation -----------------------------------------------------------------

@@ -241,6 +241,7 @@ BAD = {
     "lies": shrunk.idx_bytes(np.zeros((9, 28, 28), np.uint8))[:-1],
     "longer": shrunk.idx_bytes(np.zeros((9, 28, 28), np.uint8)) + b"x",
     "huge": bytes((0, 0, 8, 3)) + b"\x7f\xff\xff\xff" * 3,
+    "large": bytes((0, 0, 8, 3)) + b"\x7f\xff\xff\xff" + b"\x00\x00\x10\x00" * 2,
     "none.gz": gzip.compress(b""),
     "cut.gz": gzip.compress(shrunk.idx_bytes(np.ones((9, 28, 28), np.uint8)))[:-9],
     "text.png": b"no image",
