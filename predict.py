@@ -97,11 +97,20 @@ def choose_engine(
     wanted: str, model: nn.Module, meta: dict, device: torch.device
 ) -> tuple[str, nn.Module]:
     """("dense" or "sparse", what runs the network). Sparse pays if most of the weights are zero."""
-    zeros = meta["parameters"] < sum(w.numel() for w in prune.weights(model).values()) / 2
-    if wanted == "sparse" or (wanted == "auto" and zeros and device.type == "cpu"):
-        size, grey = meta.get("image_size", 28), meta.get("grey", True)
-        return "sparse", sparse.SparseResNet(model, size, grey)
-    return "dense", model
+    size, grey = meta.get("image_size", 28), meta.get("grey", True)
+    if wanted == "auto":
+        zeros = meta["parameters"] < sum(w.numel() for w in prune.weights(model).values()) / 2
+        pays = zeros and device.type == "cpu" and size <= sparse.LARGEST
+        wanted = "sparse" if pays else "dense"
+    if wanted == "dense":
+        return wanted, model
+    for wrong, reason in (
+        (device.type != "cpu", f"runs on the CPU, not on {device.type}"),
+        (size > sparse.LARGEST, f"for images of up to {sparse.LARGEST} pixels, not {size}"),
+    ):
+        if wrong:
+            raise models.DeviceError(f"--engine sparse: {reason}")
+    return wanted, sparse.SparseResNet(model, size, grey)
 
 
 def chunks(paths: list[Path], image_size: int, grey: bool) -> Iterator[tuple[list, Tensor]]:
@@ -133,8 +142,6 @@ def chunks(paths: list[Path], image_size: int, grey: bool) -> Iterator[tuple[lis
 def predict(args: argparse.Namespace) -> None:
     """Check everything that was asked for, predict, write."""
     device = models.choose_device(args.device)
-    if args.engine == "sparse" and device.type != "cpu":
-        raise models.DeviceError(f"--engine sparse: runs on the CPU, not on {device.type}")
     for path in (args.output, args.show):
         if path is not None:
             checkpoint.check_output(path)
