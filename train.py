@@ -535,6 +535,8 @@ class Run:
                     return checkpoint.read(path)
             except checkpoint.CheckpointError as error:
                 print(f"train.py: warning: {error}; going on from the one before", file=sys.stderr)
+                if process() == 0:
+                    path.unlink()  # it must not become the one before
         return {}
 
     def done(self, stage: str) -> tuple[int, dict | None]:
