@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import export  # noqa: E402
 import models  # noqa: E402
 import prune  # noqa: E402
 import train  # noqa: E402
@@ -236,6 +237,19 @@ def test_the_readmes_commands_run(script, flags, newcomers_folder, monkeypatch):
     monkeypatch.setattr(train, "report", lambda *args: None)
     module = importlib.import_module(script.removesuffix(".py"))
     assert module.main(list(flags)) == 0
+
+
+def test_the_readmes_python_runs(newcomers_folder):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        if "onnxruntime" in block:
+            pytest.importorskip("onnxscript", reason="needs --group export")
+            assert export.main(["-w", "pruned_resnet18.pth"]) == 0
+        known = {"images_u8": torch.zeros(3, 28, 28, dtype=torch.uint8)}
+        exec(block, known)
+        if "logits" in known:
+            assert known["logits"].shape[1] == 10
 
 
 if __name__ == "__main__":
