@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ import train
 
 WEIGHTS = Path(__file__).resolve().parent / "pruned_resnet18.pth"
 BATCHES = (1, 32, 256, 1024)
-PARTS = ("train", "files", "predict")  # predict last: training after OpenVINO ran can crash
+PARTS = ("train", "files", "predict")
 ROUNDS = 5  # of all that is compared, in turns
 SECONDS = 0.3  # at least, that each is run in a round
 
@@ -196,7 +197,7 @@ def training(source: data.Source, device: torch.device) -> Figures:
 
     usual = UsualLoop(run, images_u8.cpu(), labels.cpu(), plain_teacher)
     # The first two differ by a few percent, which takes more rounds to see.
-    steps = alternate({"ours": ours, "bare": only_networks}, seconds=0, rounds=3 * ROUNDS)
+    steps = alternate({"ours": ours, "bare": only_networks}, seconds=0, rounds=2 * ROUNDS)
     steps |= alternate({"usual": usual}, seconds=0)
     results = Figures()
     for loop, seconds in steps.items():
@@ -323,25 +324,44 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the images")
     parser.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
     args = parser.parse_args(argv)
+    if args.only is None:
+        return all_parts(argv or sys.argv[1:])
     torch.set_flush_denormal(True)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of OpenVINO's use of torch.jit
     try:
         device = models.choose_device(args.device)
         source = data.find(args.data)
-        print(f"{train.device_name(device)}, {torch.get_num_threads()} threads", flush=True)
-        parts = {
+        part = {
             "predict": lambda: predict(args.weights, source, device),
             "train": lambda: training(source, device),
             "files": lambda: files(args.weights),
-        }
-        results = {name: parts[name]() for name in PARTS if args.only in (None, name)}
+        }[args.only]()
     except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     machine = {"device": train.device_name(device), "threads": torch.get_num_threads()}
-    medians = {name: part.medians for name, part in results.items()}
-    ranges = {name: part.ranges for name, part in results.items()}
-    print(json.dumps({**machine, "commit": train.commit(), **medians, "ranges": ranges}))
+    figures = {args.only: part.medians, "ranges": {args.only: part.ranges}}
+    print(json.dumps({**machine, "commit": train.commit(), **figures}), flush=True)
+    return 0
+
+
+def all_parts(flags: list[str]) -> int:
+    """Each part in a process of its own (training and OpenVINO crash in the same), then one line
+    of JSON for all."""
+    together: dict = {}
+    for part in PARTS:
+        command = [sys.executable, __file__, *flags, "--only", part]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if not line.startswith("{"):
+                    print(line, end="", flush=True)
+                    continue
+                figures = json.loads(line)
+                ranges = {**together.get("ranges", {}), **figures.pop("ranges")}
+                together |= {**figures, "ranges": ranges}
+        if process.returncode:
+            return process.returncode
+    print(json.dumps(together))
     return 0
 
 
