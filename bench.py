@@ -43,9 +43,10 @@ SECONDS = 0.3  # at least, that each is run in a round
 
 
 def alternate(
-    runs: dict[str, Callable[[], object]], seconds: float = SECONDS, rounds: int = ROUNDS
+    runs: dict[str, Callable[[], object]], seconds: float | None = None, rounds: int | None = None
 ) -> dict[str, list[float]]:
     """Seconds of one call of each of `runs`: a figure, itself a mean, for each of `rounds`."""
+    seconds, rounds = SECONDS if seconds is None else seconds, rounds or ROUNDS
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # warm up
         run()
@@ -239,7 +240,7 @@ class UsualLoop:
             for image, label in zip(images_u8, labels, strict=True)
         ]
         self.loader = DataLoader(
-            [*samples],
+            samples,
             recipe.batch_size,
             shuffle=True,
             drop_last=True,
