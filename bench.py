@@ -84,7 +84,7 @@ class Figures:
 def engines(model: nn.Module, device: torch.device, example: Tensor) -> dict[str, Callable]:
     """What runs the network, by name: each takes float32 images (N, 3, H, H), gives logits."""
     fp32 = model.to(device)
-    bf16 = train.frozen(model, device, bf16=True)
+    bf16 = train.frozen(model, device, True, example.shape[-1])
     made: dict[str, Callable] = {
         "dense_fp32": fp32,
         "dense_bf16": lambda images: bf16(images.to(torch.bfloat16)),
@@ -176,10 +176,11 @@ def training(source: data.Source, device: torch.device) -> Figures:
     rates = [1e-3] * images.steps
 
     plain_teacher = run.build("teacher").to(device).eval()
-    teacher = train.frozen(plain_teacher, device, run.bf16)
-    network = train.Network(run.build("student"), stage, device, run.bf16)
+    machine = device, run.bf16, source.image_size
+    teacher = train.frozen(plain_teacher, *machine)
+    network = train.Network(run.build("student"), stage, *machine)
     network.cut(run.budget, *run.kind, [])
-    bare = train.Network(run.build("student"), stage, device, run.bf16)
+    bare = train.Network(run.build("student"), stage, *machine)
     fixed, targets = next(iter(batches()))
 
     def ours() -> None:

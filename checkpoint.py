@@ -138,7 +138,7 @@ def save(path: Path, model: nn.Module, meta: dict) -> None:
     flat = torch.cat([state[name].flatten() for name in prunable])
     positions = flat.nonzero().squeeze(1)
     gaps = None
-    if len(positions) < len(flat) / 2:
+    if len(positions) < len(flat) / 4:
         flat = flat[positions]
         steps = positions.diff(prepend=torch.tensor([-1]))
         gaps = torch.full((int((steps // STEP + 1).sum()),), STEP)

@@ -40,35 +40,11 @@ class Slim(nn.Module):
             conv = self.model.conv1
             _replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
         remove_channels_(self.model)
-        self._crop_kernels_(image_size)
+        models.trim_(self.model, image_size)
 
     def forward(self, images_u8: Tensor) -> Tensor:
         images = images_u8.float() / 127.5 - 1
         return self.model(images.unsqueeze(1) if self.grey else images)
-
-    def _crop_kernels_(self, image_size: int) -> None:
-        """Where a convolution has one output position, leave out the taps that meet padding."""
-        convs = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
-        sizes: dict[nn.Module, tuple[int, int]] = {}
-        hooks = [
-            conv.register_forward_hook(
-                lambda conv, inputs, output: sizes.update(
-                    {conv: (inputs[0].shape[-1], output.shape[-1])}
-                )
-            )
-            for conv in convs
-        ]
-        channels = () if self.grey else (3,)
-        self(torch.zeros(1, *channels, image_size, image_size, dtype=torch.uint8))
-        for hook in hooks:
-            hook.remove()
-        for conv in convs:
-            size, outputs = sizes[conv]
-            if outputs == 1:
-                kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-                low, high = models.live_taps(size, kernel, stride, padding)
-                _replace_(conv, conv.weight[:, :, low:high, low:high], conv.bias)
-                conv.padding = (0, 0)
 
 
 def remove_channels_(model: nn.Module) -> None:

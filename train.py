@@ -189,9 +189,12 @@ class Images:
 class Network:
     """A network in training, with all that a step changes: what a checkpoint must hold."""
 
-    def __init__(self, model: nn.Module, stage: Stage, device: torch.device, bf16: bool):
+    def __init__(
+        self, model: nn.Module, stage: Stage, device: torch.device, bf16: bool, image_size: int
+    ):
         self.stage, self.device, self.bf16 = stage, device, bf16
-        self.model = models.speed_up_(model).to(device, memory_format=torch.channels_last)
+        model = models.speed_up_(models.trim_(model, image_size))
+        self.model = model.to(device, memory_format=torch.channels_last)
         self.trained = self.model
         if processes() > 1:
             models.synchronize_batchnorm_(self.model)
@@ -284,9 +287,10 @@ class Network:
             self.set_masks({name: mask.to(self.device) for name, mask in state["masks"].items()})
 
 
-def frozen(model: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
+def frozen(model: nn.Module, device: torch.device, bf16: bool, image_size: int) -> nn.Module:
     """A copy for fast forward passes only: BatchNorm folded, no gradients, all in bf16 or fp32."""
-    model = models.speed_up_(models.fold_batchnorm(model)).requires_grad_(False)
+    model = models.trim_(models.fold_batchnorm(model), image_size)
+    model = models.speed_up_(model).requires_grad_(False)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return model.to(device, dtype, memory_format=torch.channels_last)
 
@@ -405,7 +409,7 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
     can be repeated: a run that was stopped goes on at the epoch, or the step, it was at.
     """
     stage: Stage = getattr(run.recipe, name)
-    network = Network(model, stage, run.device, run.bf16)
+    network = Network(model, stage, run.device, run.bf16, run.source.image_size)
     best: dict = {"score": -1.0}
     first, within = run.done(name)
     if first or within:
@@ -477,9 +481,8 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
         )
         if run.stop.asked:
             raise KeyboardInterrupt
-    model = copy.deepcopy(network.model)
-    model.load_state_dict(best["model"])
-    return model
+    network.model.load_state_dict(best["model"])
+    return models.untrimmed(network.model)
 
 
 # --- a run and its folder -----------------------------------------------------------------------
@@ -595,7 +598,7 @@ class Run:
         if self.val is None:
             return None
         images_u8, labels = self.val
-        model = frozen(model, self.device, self.bf16)
+        model = frozen(model, self.device, self.bf16, self.source.image_size)
         return models.accuracy(models.infer(model, images_u8, 250), labels)
 
     def build(self, stage: str, imagenet: bool = False) -> nn.Module:
@@ -671,10 +674,9 @@ def measure(run: Run, stages: Iterable[str]) -> dict[str, float]:
     """Seconds that training takes for one image in each stage, on networks thrown away."""
     seconds = {}
     for stage in stages:
-        network = Network(run.build(stage), getattr(run.recipe, stage), run.device, run.bf16)
-        teacher = None
-        if stage != "teacher":
-            teacher = frozen(run.build("teacher"), run.device, run.bf16)
+        machine = run.device, run.bf16, run.source.image_size
+        network = Network(run.build(stage), getattr(run.recipe, stage), *machine)
+        teacher = frozen(run.build("teacher"), *machine) if stage != "teacher" else None
         network.model.train()
         times = []
         for _, batch in zip(range(5), run.batches(stage, 0), strict=False):
@@ -702,7 +704,7 @@ def train(run: Run, teacher_file: Path | None, imagenet: bool) -> None:
     if done("pruned"):
         return
     teacher, _ = checkpoint.load(teacher_file or run.path("teacher"))
-    teacher = frozen(teacher, run.device, run.bf16)
+    teacher = frozen(teacher, run.device, run.bf16, run.source.image_size)
     if not done("student"):
         run.keep("student", fit(run, "student", run.build("student", imagenet), teacher))
         done("student")

@@ -1,31 +1,52 @@
+import copy
+
 import pytest
 import torch
 
 import models
+import prune
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_speed_up_computes_the_same_logits_and_gradients(arch):
+def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch):
     torch.manual_seed(0)
     plain = models.build(arch, 10).double()
-    fast = models.build(arch, 10).double()
-    fast.load_state_dict(plain.state_dict())
-    models.speed_up_(fast)
+    fast = models.speed_up_(models.trim_(copy.deepcopy(plain), 28))
     images = torch.randn(6, 3, 28, 28, dtype=torch.double)
     labels = torch.arange(6)
     for model in (plain, fast):
         torch.nn.functional.cross_entropy(model(images), labels).backward()
     torch.testing.assert_close(fast(images), plain(images))
-    for (name, a), b in zip(plain.named_parameters(), fast.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, msg=lambda m, name=name: f"{name}: {m}")
+    trimmed = []
+    for (name, a), (_, b) in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
+        if b.shape == a.shape:
+            torch.testing.assert_close(b.grad, a.grad, msg=lambda m, name=name: f"{name}: {m}")
+        else:  # the gradient is whole, what was left out had none
+            trimmed.append(name)
+            torch.testing.assert_close(b.grad.norm(), a.grad.norm())
+            assert b.grad.count_nonzero() == a.grad.count_nonzero()
+    assert trimmed and all(name.startswith("layer4") for name in trimmed)
 
 
-def test_speed_up_is_exact_for_other_image_sizes(resnet18):
-    fast = models.speed_up_(models.build("resnet18", 10)).eval()
-    fast.load_state_dict(resnet18.state_dict())
-    for size in (20, 32, 40, 65):
-        images = torch.randn(2, 3, size, size)
-        torch.testing.assert_close(fast(images), resnet18.eval()(images), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("size", [20, 28, 32, 40, 65])
+def test_trimming_is_exact_for_any_image_size_and_can_be_undone(resnet18, size):
+    images = torch.randn(2, 3, size, size)
+    expected = resnet18.eval()(images)
+    state = resnet18.state_dict()
+    trimmed = models.trim_(copy.deepcopy(resnet18), size)
+    again = models.trim_(trimmed, size)
+    whole = models.untrimmed(trimmed)
+    assert {k: t.shape for k, t in whole.state_dict().items()} == {
+        k: t.shape for k, t in state.items()
+    }
+    for model in (trimmed, models.speed_up_(trimmed), whole, again):
+        torch.testing.assert_close(model.eval()(images), expected, atol=1e-4, rtol=1e-4)
+    live = prune.all_useful(resnet18, size, grey=False)
+    left = sum(weight.numel() for weight in prune.weights(trimmed).values())
+    assert left == sum(int(mask.sum()) for mask in live.values())
+    assert size != 28 or left < 0.4 * sum(mask.numel() for mask in live.values())
+    for name, weight in prune.weights(whole).items():
+        torch.testing.assert_close(weight, prune.weights(resnet18)[name] * live[name])
 
 
 @pytest.mark.parametrize(

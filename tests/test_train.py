@@ -65,8 +65,8 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
 def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer):
     torch.manual_seed(0)
     stage = train.Stage((9,), optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
-    network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), bf16=False)
-    teacher = train.frozen(models.build("resnet18", 10), torch.device("cpu"), bf16=False)
+    network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
+    teacher = train.frozen(models.build("resnet18", 10), torch.device("cpu"), False, 28)
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
 
     def steps():
@@ -91,7 +91,7 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
 def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given():
     torch.manual_seed(0)
     stage = train.Stage((1,), "sgd", 0.1, 0)
-    network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), bf16=False)
+    network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
     images = torch.randn(4, 1, 28, 28).expand(-1, 3, -1, -1)
     network.cut(100_000, 28, True, [images])
     out = network.model.conv1(images)
@@ -246,9 +246,9 @@ def test_a_given_teacher_is_used_and_none_is_trained(tiny, folder, tmp_path, mon
     seen = []
     frozen = train.frozen
 
-    def spy(model, device, bf16):
+    def spy(model, *machine):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return frozen(model, device, bf16)
+        return frozen(model, *machine)
 
     monkeypatch.setattr(train, "frozen", spy)
     assert train.main([*tiny, "--teacher", str(path), "--full-train"]) == 0
@@ -364,7 +364,7 @@ def test_the_whole_chain_on_a_gpu(tiny, folder):
 def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
     stage = train.Stage((1,), "sgd", 0.1, 0)
     torch.manual_seed(0)
-    network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), bf16=False)
+    network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
     images, targets = torch.randn(4, 3, 28, 28), torch.rand(4, 10).softmax(1)
     loss, logits = network.step(images, targets, None, rate=0.0)
     torch.testing.assert_close(loss, -(targets * F.log_softmax(logits, 1)).sum(1).mean())
