@@ -166,7 +166,7 @@ def training(source: data.Source, device: torch.device) -> Figures:
     with tempfile.TemporaryDirectory() as scratch:
         run = train.Run(Path(scratch), name, {"seed": 0, "budget": 100_000})
         run.prepare(device, source, full_train=False)
-    recipe, stage = run.recipe, run.recipe.pruned
+    recipe, stage = run.recipe, run.recipe.pruned[-1]
     images_u8, labels = run.train.images_u8[:few], run.train.labels[:few]
     images = train.Images(images_u8, labels, recipe, 10)
 
@@ -224,7 +224,7 @@ class UsualLoop:
 
     def __init__(self, run: train.Run, images_u8: Tensor, labels: Tensor, teacher: nn.Module):
         recipe = run.recipe
-        self.device, self.stage, self.teacher = run.device, recipe.pruned, teacher
+        self.device, self.stage, self.teacher = run.device, recipe.pruned[-1], teacher
         self.mixup = torch.distributions.Beta(recipe.mixup_alpha, recipe.mixup_alpha)
         transform = v2.Compose(
             [

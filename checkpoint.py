@@ -7,6 +7,7 @@ A weights file is a dict that `torch.load(weights_only=True)` reads:
     meta      what the file knows about itself: arch, num_classes, classes, image_size, budget,
               parameters, and where it comes from (stage, recipe, seed, commit, val_accuracy)
     values    float32: the non-zero conv and linear weights, in the order of the state dict
+    half      True if `values` is float16 instead
     gaps      uint16: distance of each from the one before, over all these weights laid end to end,
               65535 standing for "65535 further, no value here"; None if `values` holds every weight
     others    float32: all other floating-point tensors, end to end (BatchNorm, biases)
@@ -38,6 +39,7 @@ import prune
 FORMAT, VERSION = "pruned-resnet", 2
 CLASSES = 10_000  # more are taken for damage: a file must not fill the memory
 STEP = 65535  # the longest gap, which holds no value
+SMALLEST_HALF = 2.0**-24
 DTYPES = {
     "values": torch.float32,
     "gaps": torch.uint16,
@@ -128,10 +130,12 @@ def read(path: str | Path) -> object:
 # --- weights ------------------------------------------------------------------------------------
 
 
-def save(path: Path, model: nn.Module, meta: dict) -> None:
+def save(path: Path, model: nn.Module, meta: dict, half: bool = False) -> None:
     """Write the weights of `model` in the format above; `meta` needs arch and num_classes.
 
-    Zero weights are left out (if that pays), and a pruned -0.0 comes back as 0.0.
+    Zero weights are left out (if that pays), and a pruned -0.0 comes back as 0.0. With `half`, the
+    non-zero conv and linear weights are rounded to float16; those too small for it become the
+    smallest there is, so that the count stays. Raises CheckpointError, also if one is too large.
     """
     prunable = prune.weights(model).keys()
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -144,6 +148,10 @@ def save(path: Path, model: nn.Module, meta: dict) -> None:
         gaps = torch.full((int((steps // STEP + 1).sum()),), STEP)
         gaps[(steps // STEP + 1).cumsum(0) - 1] = steps % STEP
         gaps = gaps.to(torch.uint16)
+    if half:
+        flat = flat.where(flat == 0, flat.sign() * flat.abs().clamp(min=SMALLEST_HALF)).half()
+        if not flat.isfinite().all():
+            raise CheckpointError(f"{path}: not written, a weight is too large for half precision")
     others = [t.flatten() for n, t in state.items() if n not in prunable and t.is_floating_point()]
     integers = [t.flatten() for t in state.values() if not t.is_floating_point()]
     parts = {"values": flat, "others": torch.cat(others), "integers": torch.cat(integers)}
@@ -153,6 +161,7 @@ def save(path: Path, model: nn.Module, meta: dict) -> None:
         "format": FORMAT,
         "version": VERSION,
         "meta": {**meta, "parameters": prune.count(model)},
+        "half": half,
         "gaps": None,
         **parts,
     }
@@ -235,6 +244,8 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     parts, packed = {}, content.get("gaps") is not None
     for name, dtype in DTYPES.items():
         part = content.get(name)
+        if name == "values" and content.get("half") is True:
+            dtype = torch.float16
         if name == "gaps" and not packed:
             continue
         wanted = torch.uint8 if packed else dtype
@@ -258,7 +269,7 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
             raise broken
     if len(positions) != len(values):
         raise broken
-    flat[positions] = values
+    flat[positions] = values.float()
     for names, source in (
         (prunable, flat),
         ([n for n, t in state.items() if n not in prunable and t.is_floating_point()], others),

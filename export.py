@@ -1,6 +1,7 @@
-"""Write a pruned network as ONNX, with everything removed that cannot matter.
+"""Write a pruned network as ONNX, with everything removed that cannot matter, or in half precision.
 
     uv run --group export export.py -w pruned_resnet18.pth     # writes pruned_resnet18.onnx
+    uv run export.py -w pruned_resnet18.pth --half             # writes pruned_resnet18-half.pth
 
 ONNX has no sparse convolution, so what zeros are left are stored and multiplied. But BatchNorm is
 folded into the convolutions, channels that nobody reads go, and so do kernel taps that only ever
@@ -153,7 +154,36 @@ class Stock(nn.Module):
         return self.model(models.normalize(images_u8))
 
 
-def export(args: argparse.Namespace) -> None:
+def export_half(args: argparse.Namespace) -> None:
+    """The same weights file with values in half precision, and what that changes."""
+    output = args.output or args.weights.with_name(f"{args.weights.stem}-half.pth")
+    checkpoint.check_output(output)
+    model, meta = checkpoint.load(args.weights)
+    images_u8, what = images(args, meta)
+    expected = models.infer(model, images_u8)
+    checkpoint.save(output, model, meta, half=True)
+    logits = models.infer(checkpoint.load(output)[0], images_u8)
+    same = int((logits.argmax(1) == expected.argmax(1)).sum())
+    before, after = (path.stat().st_size / 1000 for path in (args.weights, output))
+    print(
+        f"{output}: {after:,.0f} instead of {before:,.0f} kB, {same:,} of {len(images_u8):,} ",
+        end="",
+    )
+    print(f"{what} as before, logits within {float((logits - expected).abs().max()):.0e}")
+
+
+def images(args: argparse.Namespace, meta: dict) -> tuple[Tensor, str]:
+    """What a network can be checked with: the test images, or noise if they were somebody's own."""
+    size, grey = meta.get("image_size", 28), meta.get("grey", True)
+    name = meta.get("dataset", "fashion-mnist")
+    if name != "folder":
+        return data.load(data.find(args.data, name, size), "test")[0], "test images"
+    shape = (1000, size, size) if grey else (1000, 3, size, size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, shape, generator=generator, dtype=torch.uint8), "random images"
+
+
+def export_onnx(args: argparse.Namespace) -> None:
     """Check everything that was asked for, export, compare, write."""
     output = args.output or args.weights.with_suffix(".onnx")
     checkpoint.check_output(output)
@@ -163,17 +193,9 @@ def export(args: argparse.Namespace) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed: uv run --group export ...") from None
+    images_u8, what = images(args, meta)
     size, grey = meta.get("image_size", 28), meta.get("grey", True)
-    name = meta.get("dataset", "fashion-mnist")
-    if name == "folder":
-        shape = (1000, size, size) if grey else (1000, 3, size, size)
-        generator = torch.Generator().manual_seed(0)
-        images_u8 = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        what = "random images"
-    else:
-        images_u8 = data.load(data.find(args.data, name, size), "test")[0]
-        what = "test images"
-    slim, stock = to_onnx(Slim(model, size, grey).eval(), images_u8[:2]), None
+    slim = to_onnx(Slim(model, size, grey).eval(), images_u8[:2])
     logits, speed = run(slim, images_u8)
     expected = models.infer(model, images_u8)
     difference = float((logits - expected).abs().max())
@@ -192,13 +214,18 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Write a network as ONNX, without channels and kernel taps that cannot matter."
+        description="Write a network as ONNX, without channels and kernel taps that cannot matter, "
+        "or its weights in half precision."
     )
     parser.add_argument(
         "-w", "--weights", type=Path, required=True, metavar="FILE", help="weights of a ResNet"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="default: FILE.onnx beside the weights"
+        "-o", "--output", type=Path, metavar="FILE",
+        help="default: FILE.onnx, or FILE-half.pth, beside the weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--half", action="store_true", help="a weights file in half precision instead of ONNX"
     )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder with the images that it is checked with"
@@ -206,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         with torch.inference_mode():
-            export(args)
+            export_half(args) if args.half else export_onnx(args)
     except (ExportError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2

@@ -99,7 +99,7 @@ def live_taps(size: int, kernel: int, stride: int, padding: int) -> tuple[int, i
 
 
 def trim_(model: nn.Module, image_size: int) -> nn.Module:
-    """Leave out, in place, all kernel taps that only ever meet padding; `untrimmed` is the way back.
+    """Leave out, in place, kernel taps that only ever meet padding; `untrimmed` is the way back.
 
     For (square) images of `image_size`. A convolution with one output position becomes the smaller
     one without padding: at 28x28, layer4's 3x3 kernels become 2x2 and 1x1, and with them go 62 % of
@@ -114,8 +114,11 @@ def trim_(model: nn.Module, image_size: int) -> nn.Module:
                     {name: (inputs[0].shape[-1], output.shape[-1])}
                 )
             )
-    weight = model.conv1.weight
-    probe(torch.empty(1, weight.shape[1], image_size, image_size, dtype=weight.dtype, device="meta"))
+    shape, dtype = (
+        (1, model.conv1.weight.shape[1], image_size, image_size),
+        model.conv1.weight.dtype,
+    )
+    probe(torch.empty(shape, dtype=dtype, device="meta"))
     for name, (size, outputs) in sizes.items():
         conv = model.get_submodule(name)
         kernel, padding = conv.kernel_size[0], conv.padding[0]

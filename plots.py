@@ -50,6 +50,56 @@ def curves(metrics: Path) -> bytes:
     return _png(figure)
 
 
+# Test accuracy, %, of others: parameters, accuracy, what it is and where the text goes.
+PUBLISHED = (
+    (98_954, 94.31, "3-conv CNN, distilled\n(epoch chosen on test)", "left"),
+    (85_956, 93.51, "pruned ResNet14, distilled\n(median of 185)", "right"),
+    (296_000, 94.7, "CNN, random erasing", "left"),
+    (768_000, 95.4, "DenseNet-BC", "left"),
+    (8_900_000, 96.7, "WRN40-4", "left"),
+    (11_200_000, 94.9, "ResNet18", "right"),
+    (25_600_000, 94.3, "ResNet50 at 28x28,\nbest of several", "left"),
+)
+
+
+def sizes(results: Path, recipe: str) -> bytes:
+    """Test accuracy against parameters of the networks of `recipe` in results.csv, and PUBLISHED.
+
+    With several seeds, the mean and, as a bar, lowest and highest.
+    """
+    rows = pd.read_csv(results)
+    rows = rows[rows.recipe == recipe]
+    dense = rows.drop_duplicates("name").student_test
+    ours = 100 * rows.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
+    ours.loc[11_181_642] = 100 * dense.mean(), 100 * dense.min(), 100 * dense.max()
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for parameters, accuracy, text, side in PUBLISHED:
+        axes.plot(parameters, accuracy, "o", color="tab:gray")
+        axes.annotate(
+            text, (parameters, accuracy), (6 if side == "right" else -6, 0), fontsize=8,
+            textcoords="offset points", ha="left" if side == "right" else "right", va="center",
+            color="dimgray",
+        )  # fmt: skip
+    axes.errorbar(
+        ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
+        fmt="o-", color="tab:green", capsize=3, label=f"ResNet18, pruned (recipe {recipe}, "
+        f"{rows.seed.nunique()} seed{'s' * (rows.seed.nunique() > 1)})",
+    )  # fmt: skip
+    for parameters, accuracy in ours["mean"].items():
+        axes.annotate(f"{accuracy:.1f}", (parameters, accuracy), (0, -14), fontsize=8,
+                      textcoords="offset points", ha="center", color="tab:green")  # fmt: skip
+    axes.plot([], [], "o", color="tab:gray", label="published by others")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(
+        lambda n, _: f"{n / 1000:,.0f}k" if n < 1e6 else f"{n / 1e6:.0f}M"
+    )
+    axes.set_xlabel("parameters; the rightmost of ours is the dense student")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3, which="both")
+    return _png(figure)
+
+
 def layers(kept: dict[str, int], live: dict[str, int]) -> bytes:
     """Weights that are left in each layer, before those that could matter in the dense network."""
     names = [name.removesuffix(".weight") for name in kept]

@@ -8,7 +8,8 @@ weight serves them all and no index is ever looked up per image. Each convolutio
 its weights that are not zero, output channel by output channel: the channel's map, in pieces of up
 to 28 positions, stays in registers while each weight adds its multiple of a shifted input map,
 whose place is read once for the whole piece. The code for that, with every shape a constant, is
-written as LLVM's intermediate language and compiled when the engine is first called, in 0.2 to 0.4 s.
+written as LLVM's intermediate language and compiled when the engine is first called, in 0.2 to
+0.4 s.
 """
 
 import ctypes

@@ -14,7 +14,6 @@ end.
 
 import argparse
 import contextlib
-import copy
 import csv
 import io
 import json
@@ -54,22 +53,23 @@ import prune
 
 @dataclass(frozen=True)
 class Stage:
-    """Training of one network. The learning rate rises and falls to 0 once in each round."""
+    """One training of one network, in which the learning rate rises, then falls to 0."""
 
-    epochs: tuple[int, ...]  # of each round
+    epochs: int
     optimizer: str  # "sgd": Nesterov momentum 0.9; "adamw"
     learning_rate: float  # at the peak
     weight_decay: float
     kd_weight: float = 0.0  # of the distillation loss; the labels have the rest
     temperature: float = 1.0
-    cuts: tuple[int, ...] = ()  # of each round, one before each of its first epochs
+    cuts: int = 0  # one before each of the first epochs
 
 
 @dataclass(frozen=True)
 class Recipe:
     teacher: Stage
     student: Stage
-    pruned: Stage
+    pruned: tuple[Stage, ...]  # rounds of pruning, each from the network before it
+    budgets: tuple[int, ...] = ()  # what rounds end with; (): evenly, by their cuts, to --budget
     images: int | None = None  # of the training set; None: all
     batch_size: int = 256
     crop_scale: tuple[float, float] = (0.75, 1.0)  # share of the image's area
@@ -77,30 +77,44 @@ class Recipe:
     mixup_alpha: float = 0.2
 
 
+_SGD = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 5e-4}
 RECIPES = {
     # Long, for accuracy; needs a GPU.
     "full": Recipe(
-        teacher=Stage((120,), "adamw", 2e-3, 0.05),
-        student=Stage((200,), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4),
-        pruned=Stage(
-            (60, 60, 60, 180), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4, cuts=(40, 40, 40, 40)
+        teacher=Stage(120, "adamw", 2e-3, 0.05),
+        student=Stage(200, **_SGD, kd_weight=0.9, temperature=4),
+        pruned=tuple(
+            Stage(epochs, **_SGD, kd_weight=0.9, temperature=4, cuts=40)
+            for epochs in (60, 60, 60, 180)
         ),
     ),
     # About 90 minutes on two cores with bf16 matrix units: too few epochs for strong augmentation.
     "cpu": Recipe(
-        teacher=Stage((24,), "adamw", 2e-3, 0.05),
-        student=Stage((12,), "sgd", 0.1, 5e-4, kd_weight=0.5, temperature=4),
-        pruned=Stage(
-            (14, 14, 32), "sgd", 0.1, 5e-4, kd_weight=0.5, temperature=4, cuts=(10, 10, 8)
+        teacher=Stage(24, "adamw", 2e-3, 0.05),
+        student=Stage(12, **_SGD, kd_weight=0.5, temperature=4),
+        pruned=tuple(
+            Stage(epochs, **_SGD, kd_weight=0.5, temperature=4, cuts=cuts)
+            for epochs, cuts in ((14, 10), (14, 10), (32, 8))
         ),
+        crop_scale=(0.85, 1.0),
+        mixup_alpha=0.1,
+    ),
+    # Accuracy against size: one ladder whose networks are all kept, one for each budget.
+    "curve": Recipe(
+        teacher=Stage(24, "adamw", 2e-3, 0.05),
+        student=Stage(12, **_SGD, kd_weight=0.5, temperature=4),
+        pruned=6 * (Stage(10, **_SGD, kd_weight=0.5, temperature=4, cuts=4),),
+        budgets=(1_000_000, 500_000, 200_000, 100_000, 50_000, 20_000),
         crop_scale=(0.85, 1.0),
         mixup_alpha=0.1,
     ),
     # All stages on a part of the images: a look at the whole chain, not at its accuracy.
     "quick": Recipe(
-        teacher=Stage((2,), "adamw", 2e-3, 0.05),
-        student=Stage((3,), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4),
-        pruned=Stage((4, 6), "sgd", 0.1, 5e-4, kd_weight=0.9, temperature=4, cuts=(4, 4)),
+        teacher=Stage(2, "adamw", 2e-3, 0.05),
+        student=Stage(3, **_SGD, kd_weight=0.9, temperature=4),
+        pruned=tuple(
+            Stage(epochs, **_SGD, kd_weight=0.9, temperature=4, cuts=4) for epochs in (4, 6)
+        ),
         images=10_000,
         batch_size=128,
     ),
@@ -203,17 +217,13 @@ class Network:
             self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
         )
         self.masks: prune.Masks | None = None
-        self.start_round()
-
-    def start_round(self) -> None:
-        """A fresh optimizer; the learning rate is a function of the step."""
-        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.stage.optimizer]
-        extra = {"momentum": 0.9, "nesterov": True} if self.stage.optimizer == "sgd" else {}
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[stage.optimizer]
+        extra = {"momentum": 0.9, "nesterov": True} if stage.optimizer == "sgd" else {}
         self.optimizer = kind(
             self.model.parameters(),
-            lr=self.stage.learning_rate,
-            weight_decay=self.stage.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            lr=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
             **extra,
         )
 
@@ -390,80 +400,97 @@ def train_epoch(
         network.set_masks(network.masks)  # a kept weight that just is 0.0 would be miscounted
 
 
-def plan(stage: Stage, start: int, budget: int) -> list[tuple[int, int, int | None]]:
-    """(round, epoch of the round, budget that it begins with a cut to or None), for each epoch."""
-    steps = iter(prune.ladder(start, budget, sum(stage.cuts)))
-    return [
-        (number, epoch, next(steps) if epoch < cuts else None)
-        for number, (epochs, cuts) in enumerate(
-            zip(stage.epochs, stage.cuts or [0] * len(stage.epochs), strict=True), start=1
-        )
-        for epoch in range(epochs)
+@dataclass(frozen=True)
+class Part:
+    """One training of a run: the stage `teacher`, `student`, or a round of `pruned`."""
+
+    name: str
+    stage: Stage
+    number: int  # in the run, from 0
+    file: str
+    cuts: tuple[int, ...] = ()  # the budgets that the first epochs begin with
+    round: int = 1
+    rounds: int = 1
+
+    @property
+    def title(self) -> str:
+        return self.name if self.rounds == 1 else f"{self.name} {self.round}/{self.rounds}"
+
+
+def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
+    """All parts of a run whose dense student has `largest` parameters that can matter."""
+    rounds, cuts = len(recipe.pruned), [stage.cuts for stage in recipe.pruned]
+    ends = recipe.budgets
+    if not ends:
+        steps = prune.ladder(largest, budget, sum(cuts))
+        ends = tuple(steps[sum(cuts[: n + 1]) - 1] for n in range(rounds))
+    parts = [
+        Part("teacher", recipe.teacher, 0, "teacher.pth"),
+        Part("student", recipe.student, 1, "student.pth"),
     ]
+    for n, (stage, start, end) in enumerate(
+        zip(recipe.pruned, (largest, *ends[:-1]), ends, strict=True)
+    ):
+        file = "pruned_resnet18.pth" if n == rounds - 1 else f"pruned_resnet18-{end}.pth"
+        ladder = tuple(prune.ladder(start, end, stage.cuts))
+        parts.append(Part("pruned", stage, 2 + n, file, ladder, n + 1, rounds))
+    return parts
 
 
-def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
-    """Train `model` as stage `name`; returns a copy with the weights that validation chose.
+def fit(run: "Run", part: Part, model: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
+    """Train `model`; returns a copy with the weights that validation chose.
 
-    Each epoch draws from a generator of its own, seeded by run, stage and epoch, so that an epoch
+    Each epoch draws from a generator of its own, seeded by run, part and epoch, so that an epoch
     can be repeated: a run that was stopped goes on at the epoch, or the step, it was at.
     """
-    stage: Stage = getattr(run.recipe, name)
+    stage, steps = part.stage, run.train.steps
     network = Network(model, stage, run.device, run.bf16, run.source.image_size)
     best: dict = {"score": -1.0}
-    first, within = run.done(name)
+    first, within = run.done(part)
     if first or within:
         network.load_state_dict(run.state["network"])
         best = run.state["best"]
-        say(f"{name}: going on after {first} epochs{' and a part' if within else ''}")
+        say(f"{part.title}: going on after {first} epochs{' and a part' if within else ''}")
 
-    largest = prune.budget_range(model, *run.kind)[1] if stage.cuts else 0
-    epochs = plan(stage, largest, run.budget)
-    last_cut = max((i for i, (_, _, budget) in enumerate(epochs) if budget), default=0)
-    for index in range(first, len(epochs)):
-        number, epoch, budget = epochs[index]
-        began, steps = time.perf_counter(), run.train.steps
+    for epoch in range(first, stage.epochs):
+        began = time.perf_counter()
         progress = Progress(steps, run.train.classes, run.device)
         if within:
             progress.load_state_dict(within)
             within = None
-        else:
-            if epoch == 0:
-                network.start_round()
-            if budget is not None:
-                few = zip(range(REFRESH), run.batches(name, index), strict=False)
-                network.cut(budget, *run.kind, [images for _, (images, _) in few])
-        in_round = stage.epochs[number - 1] * steps
+        elif epoch < len(part.cuts):
+            few = zip(range(REFRESH), run.batches(part, epoch), strict=False)
+            network.cut(part.cuts[epoch], *run.kind, [images for _, (images, _) in few])
         rates = [
-            learning_rate(epoch * steps + step, in_round, stage.learning_rate)
+            learning_rate(epoch * steps + step, stage.epochs * steps, stage.learning_rate)
             for step in range(steps)
         ]
-        batches, title = run.batches(name, index), f"{name} {index + 1}/{len(epochs)}"
-        train_epoch(network, batches, teacher, rates, progress, run.stop, title)
+        title = f"{part.title}, {epoch + 1}/{stage.epochs}"
+        train_epoch(network, run.batches(part, epoch), teacher, rates, progress, run.stop, title)
         if progress.step < steps:
-            run.save_state(name, index, network, best, progress)
+            run.save_state(part, epoch, network, best, progress)
             raise KeyboardInterrupt
         losses, accuracy = progress.result()
         if len(bad := losses.isfinite().logical_not().nonzero()):
             raise ArithmeticError(
-                f"stage {name}, epoch {index + 1}, step {bad[0].item() + 1}: the loss is "
+                f"stage {part.title}, epoch {epoch + 1}, step {bad[0].item() + 1}: the loss is "
                 f"{losses[bad[0]].item()}"
             )
 
         val, val_average = run.validate(network.model), run.validate(network.average.module)
         # Without validation images the schedule decides: the average after the last epoch.
         averaged = val is None or val_average >= val
-        score = float(index) if val is None else max(val, val_average)
-        if index >= last_cut and score > best["score"]:
+        score = float(epoch) if val is None else max(val, val_average)
+        if epoch + 1 >= len(part.cuts) and score > best["score"]:
             chosen = network.average.module if averaged else network.model
             weights = {k: v.clone() for k, v in chosen.state_dict().items()}
-            best = {"score": score, "epoch": index + 1, "averaged": averaged, "model": weights}
+            best = {"score": score, "epoch": epoch + 1, "averaged": averaged, "model": weights}
         parameters, seconds = prune.count(network.model), time.perf_counter() - began
         run.rows.append(
             {
-                "stage": name,
-                "round": number,
-                "epoch": index + 1,
+                "stage": part.name,
+                "round": part.round,
+                "epoch": epoch + 1,
                 "parameters": parameters,
                 "loss": round(losses.mean().item(), 5),
                 "train_accuracy": round(accuracy, 5),
@@ -473,10 +500,10 @@ def fit(run: "Run", name: str, model: nn.Module, teacher: nn.Module | None = Non
                 "seconds": round(seconds, 1),
             }
         )
-        run.save_state(name, index + 1, network, best)
+        run.save_state(part, epoch + 1, network, best)
         shown = "" if val is None else f"  val {val:.2%}  averaged {val_average:.2%}"
         say(
-            f"{name:8}{index + 1:4}/{len(epochs)}  {parameters:>10,} parameters  "
+            f"{part.title:11}{epoch + 1:4}/{stage.epochs}  {parameters:>10,} parameters  "
             f"loss {losses.mean().item():.4f}{shown}  {seconds:.0f} s"
         )
         if run.stop.asked:
@@ -501,14 +528,6 @@ class Run:
         self.stop = Stop()
         self.rows: list[dict] = self.state.get("rows", [])
         self.minutes: float = self.state.get("minutes", 0.0)
-
-    def path(self, stage: str) -> Path:
-        names = {
-            "teacher": "teacher.pth",
-            "student": "student.pth",
-            "pruned": "pruned_resnet18.pth",
-        }
-        return self.folder / names[stage]
 
     def _open(self) -> dict:
         """Create the folder, or go on with what is there if the settings are the same."""
@@ -542,17 +561,17 @@ class Run:
                     path.unlink()  # it must not become the one before
         return {}
 
-    def done(self, stage: str) -> tuple[int, dict | None]:
-        """How many epochs of `stage` need not be trained any more, and the state of `Progress` in
+    def done(self, part: Part) -> tuple[int, dict | None]:
+        """How many epochs of `part` need not be trained any more, and the state of `Progress` in
         the one after, if it was stopped by hand."""
-        if self.path(stage).exists():
-            return sum(getattr(self.recipe, stage).epochs), None
-        if self.state.get("stage") != stage:
+        if (self.folder / part.file).exists():
+            return part.stage.epochs, None
+        if self.state.get("part") != part.number:
             return 0, None
         return self.state["epoch"], self.state["progress"]
 
     def save_state(
-        self, stage: str, epoch: int, network: Network, best: dict, within: Progress | None = None
+        self, part: Part, epoch: int, network: Network, best: dict, within: Progress | None = None
     ) -> None:
         """All that the next epoch needs, or the rest of the one `within`; the state before is kept
         as well. metrics.csv is written from the same rows."""
@@ -562,7 +581,7 @@ class Run:
         self.minutes += (now - self.clock) / 60
         self.clock = now
         state = {
-            "stage": stage,
+            "part": part.number,
             "epoch": epoch,
             "network": network.state_dict(),
             "best": best,
@@ -576,9 +595,9 @@ class Run:
         if self.rows:
             checkpoint.write(self.folder / "metrics.csv", _csv(self.rows))
 
-    def batches(self, stage: str, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def batches(self, part: Part, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches of an epoch, the same whenever they are asked for."""
-        seed = (self.seed * len(STAGES) + STAGES.index(stage)) * 100_000 + epoch
+        seed = (self.seed * 100 + part.number) * 100_000 + epoch
         return self.train.batches(Generator(self.device).manual_seed(seed))
 
     def prepare(self, device: torch.device, source: data.Source, full_train: bool) -> None:
@@ -592,6 +611,9 @@ class Run:
         images_u8, labels = images_u8[: self.recipe.images], labels[: self.recipe.images]
         classes = len(source.classes)
         self.train = Images(images_u8.to(device), labels.to(device), self.recipe, classes)
+        _, largest = prune.budget_range(models.build("resnet18", classes), *self.kind)
+        parts = plan(self.recipe, largest, self.budget)
+        self.parts = parts if self.settings.get("teacher") is None else parts[1:]
 
     def validate(self, model: nn.Module) -> float | None:
         """Validation accuracy in the precision of training; None without validation images."""
@@ -607,29 +629,29 @@ class Run:
         arch = "resnet50" if stage == "teacher" else "resnet18"
         return models.build(arch, len(self.source.classes), imagenet)
 
-    def keep(self, stage: str, model: nn.Module) -> None:
-        """Write the finished network of a stage, with what is known of it."""
+    def keep(self, part: Part, model: nn.Module) -> None:
+        """Write a finished network, with what is known of it."""
         if process() > 0:
             return
         val = None
         if self.val is not None:
             val = models.accuracy(models.infer(model, self.val[0]), self.val[1])
         meta = {
-            "arch": "resnet50" if stage == "teacher" else "resnet18",
+            "arch": "resnet50" if part.name == "teacher" else "resnet18",
             "num_classes": len(self.source.classes),
             "classes": list(self.source.classes),
             "dataset": self.source.name,
             "image_size": self.source.image_size,
             "grey": self.source.grey,
-            "stage": stage,
+            "stage": part.name,
             "recipe": self.recipe_name,
             "seed": self.seed,
             "commit": commit(),
             "val_accuracy": val,
         }
-        if stage == "pruned":
-            meta["budget"] = self.budget
-        checkpoint.save(self.path(stage), model, meta)
+        if part.cuts:
+            meta["budget"] = part.cuts[-1]
+        checkpoint.save(self.folder / part.file, model, meta)
 
 
 def _csv(rows: list[dict]) -> str:
@@ -670,21 +692,23 @@ def bf16_pays(device: torch.device) -> bool:
     return seconds(torch.bfloat16) < seconds(torch.float32) / 1.5
 
 
-def measure(run: Run, stages: Iterable[str]) -> dict[str, float]:
+def measure(run: Run) -> dict[str, float]:
     """Seconds that training takes for one image in each stage, on networks thrown away."""
     seconds = {}
-    for stage in stages:
+    for part in run.parts:
+        if part.round > 1:
+            continue
         machine = run.device, run.bf16, run.source.image_size
-        network = Network(run.build(stage), getattr(run.recipe, stage), *machine)
-        teacher = frozen(run.build("teacher"), *machine) if stage != "teacher" else None
+        network = Network(run.build(part.name), part.stage, *machine)
+        teacher = frozen(run.build("teacher"), *machine) if part.name != "teacher" else None
         network.model.train()
         times = []
-        for _, batch in zip(range(5), run.batches(stage, 0), strict=False):
+        for _, batch in zip(range(5), run.batches(part, 0), strict=False):
             began = time.perf_counter()
             loss, _ = network.step(*batch, teacher, rate=0.0)
             loss.item()
             times.append(time.perf_counter() - began)
-        seconds[stage] = sorted(times)[len(times) // 2] / run.train.batch_size
+        seconds[part.name] = sorted(times)[len(times) // 2] / run.train.batch_size
     return seconds
 
 
@@ -692,43 +716,44 @@ def measure(run: Run, stages: Iterable[str]) -> dict[str, float]:
 
 
 def train(run: Run, teacher_file: Path | None, imagenet: bool) -> None:
-    """All stages that are not finished yet."""
-
-    def done(stage: str) -> bool:
+    """All parts that are not finished yet."""
+    teacher, before = None, None
+    for part in run.parts:
         if processes() > 1:
-            dist.barrier()  # until process 0 has written the stage before
-        return run.path(stage).exists()
-
-    if teacher_file is None and not done("teacher"):
-        run.keep("teacher", fit(run, "teacher", run.build("teacher")))
-    if done("pruned"):
-        return
-    teacher, _ = checkpoint.load(teacher_file or run.path("teacher"))
-    teacher = frozen(teacher, run.device, run.bf16, run.source.image_size)
-    if not done("student"):
-        run.keep("student", fit(run, "student", run.build("student", imagenet), teacher))
-        done("student")
-    student, _ = checkpoint.load(run.path("student"))
-    run.keep("pruned", fit(run, "pruned", student, teacher))
+            dist.barrier()  # until process 0 has written the part before
+        path = run.folder / part.file
+        if not path.exists():
+            if part.name != "teacher" and teacher is None:
+                teacher, _ = checkpoint.load(teacher_file or run.folder / "teacher.pth")
+                teacher = frozen(teacher, run.device, run.bf16, run.source.image_size)
+            if part.name == "pruned":
+                model, _ = checkpoint.load(before)
+            else:
+                model = run.build(part.name, imagenet and part.name == "student")
+            run.keep(part, fit(run, part, model, teacher))
+        before = path
 
 
 def finish(run: Run, teacher_file: Path | None) -> None:
     """Read the files that the run wrote, measure test, and write summary, pictures and record."""
     test = data.load(run.source, "test") if data.has(run.source, "test") else None
-    stages = {}
-    for stage in STAGES:
-        path = (teacher_file if stage == "teacher" else None) or run.path(stage)
+    stages, files = [], [("teacher", 1, "teacher", teacher_file)] if teacher_file else []
+    files += [(part.name, part.round, part.title, run.folder / part.file) for part in run.parts]
+    for stage, round_, title, path in files:
         model, meta = checkpoint.load(path, run.device)
-        seconds = sum(row["seconds"] for row in run.rows if row["stage"] == stage)
+        seconds = [r["seconds"] for r in run.rows if (r["stage"], r["round"]) == (stage, round_)]
         logits = None if test is None else models.infer(model, test[0])
-        stages[stage] = {
-            "file": path.name,
-            "kilobytes": round(path.stat().st_size / 1000),
-            "parameters": meta["parameters"],
-            "val_accuracy": meta.get("val_accuracy"),
-            "test_accuracy": None if test is None else models.accuracy(logits, test[1]),
-            "minutes": round(seconds / 60, 1),
-        }
+        stages.append(
+            {
+                "stage": title,
+                "file": path.name,
+                "kilobytes": round(path.stat().st_size / 1000),
+                "parameters": meta["parameters"],
+                "val_accuracy": meta.get("val_accuracy"),
+                "test_accuracy": None if test is None else models.accuracy(logits, test[1]),
+                "minutes": round(sum(seconds) / 60, 1),
+            }
+        )
     images = (1, 3, run.source.image_size, run.source.image_size)
     summary = torchinfo.summary(prune.masked(model.cpu()), images, verbose=0)
     checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
@@ -764,24 +789,30 @@ def finish(run: Run, teacher_file: Path | None) -> None:
     for name in (STATE, STATE_BEFORE):  # all they held is in the other files now
         (run.folder / name).unlink(missing_ok=True)
     if run.recipe_name != "quick" and run.source.name == "fashion-mnist":
-        row = {
-            "name": run.record["name"],
-            "recipe": run.recipe_name,
-            "seed": run.seed,
-            "budget": run.budget,
-            "parameters": stages["pruned"]["parameters"],
-            **{f"{s}_{k}": v for s in STAGES for k, v in _accuracies(stages[s]).items()},
-            "minutes": run.record["minutes"],
-            "device": run.record["device"],
-            "commit": run.record["commit"],
-        }
+        teacher, student, *pruned = stages
+        rows = [
+            {
+                "name": run.record["name"],
+                "recipe": run.recipe_name,
+                "seed": run.seed,
+                "budget": stage["parameters"],
+                "parameters": stage["parameters"],
+                **_accuracies("teacher", teacher),
+                **_accuracies("student", student),
+                **_accuracies("pruned", stage),
+                "minutes": run.record["minutes"],
+                "device": run.record["device"],
+                "commit": run.record["commit"],
+            }
+            for stage in (pruned if run.recipe.budgets else pruned[-1:])
+        ]
         old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-        checkpoint.write(RESULTS, _csv([*old, row]))
+        checkpoint.write(RESULTS, _csv([*old, *rows]))
 
 
-def _accuracies(stage: dict) -> dict[str, str]:
-    pairs = {"val": stage["val_accuracy"], "test": stage["test_accuracy"]}
-    return {name: "" if value is None else f"{value:.4f}" for name, value in pairs.items()}
+def _accuracies(name: str, stage: dict) -> dict[str, str]:
+    pairs = {split: stage[f"{split}_accuracy"] for split in ("val", "test")}
+    return {f"{name}_{k}": "" if v is None else f"{v:.4f}" for k, v in pairs.items()}
 
 
 def peak_memory_mb(device: torch.device) -> int:
@@ -805,15 +836,15 @@ def report(run: Run) -> None:
         return "-" if share is None else f"{share:.2%}"
 
     columns = f"{'parameters':>12}{'val':>9}{'test':>9}{'minutes':>9}{'kB':>9}"
-    print(f"\n{'stage':8}{columns}  file")
-    for stage, row in run.record["stages"].items():
+    print(f"\n{'stage':11}{columns}  file")
+    for row in run.record["stages"]:
         print(
-            f"{stage:8}{row['parameters']:>12,}{percent(row['val_accuracy']):>9}"
+            f"{row['stage']:11}{row['parameters']:>12,}{percent(row['val_accuracy']):>9}"
             f"{percent(row['test_accuracy']):>9}{row['minutes']:>9.1f}{row['kilobytes']:>9,}"
             f"  {row['file']}"
         )
     print(f"{run.record['minutes']:.0f} minutes; everything is in {run.folder}")
-    val, chance = run.record["stages"]["pruned"]["val_accuracy"], 1 / run.record["classes"]
+    val, chance = run.record["stages"][-1]["val_accuracy"], 1 / run.record["classes"]
     if val is not None and val < 2 * chance and chance < 0.3:
         print(
             f"train.py: warning: the pruned network has collapsed, its accuracy is near chance "
@@ -836,9 +867,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     recipe.add_argument(
         "--quick", action="store_true", help="the recipe quick: a part of the images, 5 minutes"
     )
-    what.add_argument(
-        "--budget", type=int, default=100_000, metavar="N", help="parameters left (default 100000)"
-    )
+    what.add_argument("--budget", type=int, metavar="N", help="parameters left (default 100000)")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
     what.add_argument(
         "--teacher", type=Path, metavar="FILE", help="weights of a ResNet50; none is trained then"
@@ -892,10 +921,15 @@ def start(args: argparse.Namespace) -> None:
         probe = models.build("resnet18", classes, args.imagenet)
     except OSError as error:
         raise UsageError(f"--imagenet: the weights cannot be downloaded ({error})") from None
+    recipe = RECIPES[recipe_name]
+    if recipe.budgets and args.budget is not None:
+        raise UsageError(f"--budget {args.budget}: the recipe {recipe_name} has its own budgets")
+    budget = 100_000 if args.budget is None else args.budget
+    budgets = recipe.budgets or (budget,)
     smallest, largest = prune.budget_range(probe, source.image_size, source.grey)
-    if not smallest <= args.budget <= largest:
+    if not all(smallest <= budget <= largest for budget in budgets):
         raise UsageError(
-            f"--budget {args.budget:,}: possible are {smallest:,} (BatchNorm, biases, and "
+            f"--budget {budgets[-1]:,}: possible are {smallest:,} (BatchNorm, biases, and "
             f"the floors of all layers) to {largest:,} (all weights that can matter)"
         )
     if args.teacher is not None:
@@ -905,11 +939,10 @@ def start(args: argparse.Namespace) -> None:
                 f"{args.teacher}: a {meta['arch']} with {meta['num_classes']} classes, the teacher "
                 f"must be a resnet50 with {classes}"
             )
-    recipe = RECIPES[recipe_name]
     settings = {
         "recipe": asdict(recipe),
         "seed": args.seed,
-        "budget": args.budget,
+        "budget": budgets[-1],
         "teacher": None if args.teacher is None else str(args.teacher.resolve()),
         "imagenet": args.imagenet,
         "full_train": args.full_train,
@@ -930,7 +963,7 @@ def start(args: argparse.Namespace) -> None:
             say(f"{run.folder}: this run is finished; --name or --seed starts another")
         else:
             run.prepare(device, source, args.full_train)
-            announce(run, args.teacher)
+            announce(run)
             with run.stop:
                 train(run, args.teacher, args.imagenet)
             if process() == 0:
@@ -956,28 +989,26 @@ def lock(folder: Path) -> Iterator[None]:
         held.release()
 
 
-def announce(run: Run, teacher_file: Path | None) -> None:
+def announce(run: Run) -> None:
     """Device, recipe, epochs and, from a few measured steps, the expected time."""
-    stages = STAGES if teacher_file is None else STAGES[1:]
     say(f"device {device_name(run.device)}, {'bf16' if run.bf16 else 'fp32'}, run {run.folder}")
     images = run.train.steps * run.train.batch_size
     say(f"recipe {run.recipe_name}, seed {run.seed}, {images:,} images an epoch")
-    seconds = measure(run, stages)
+    seconds = measure(run)
 
     total = 0.0
-    for stage in stages:
-        epochs: tuple[int, ...] = getattr(run.recipe, stage).epochs
-        done, _ = run.done(stage)
-        minutes = (sum(epochs) - done) * images * seconds[stage] / 60
+    for stage in seconds:
+        parts = [part for part in run.parts if part.name == stage]
+        done = sum(run.done(part)[0] for part in parts)
+        minutes = (sum(p.stage.epochs for p in parts) - done) * images * seconds[stage] / 60
         total += minutes
+        epochs = " + ".join(str(part.stage.epochs) for part in parts)
         known = f" ({done} are done)" if done else ""
-        say(
-            f"  {stage:8} {' + '.join(map(str, epochs))} epochs{known}, about {minutes:.1f} minutes"
-        )
+        say(f"  {stage:8} {epochs} epochs{known}, about {minutes:.1f} minutes")
     say(f"  in all about {total:.1f} minutes")
     if run.device.type == "cpu" and run.recipe_name != "full":
-        epochs = {stage: sum(getattr(RECIPES["full"], stage).epochs) for stage in stages}
-        hours = sum(epochs[stage] * run.available * seconds[stage] for stage in stages) / 3600
+        full = [p for p in plan(RECIPES["full"], 10**6, 10**5) if p.name in seconds]
+        hours = sum(p.stage.epochs * seconds[p.name] for p in full) * run.available / 3600
         say(f"  (the recipe full, made for a GPU, would take about {hours:.0f} hours here)")
 
 

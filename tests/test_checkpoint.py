@@ -51,6 +51,25 @@ def test_a_pruned_network_comes_back_bit_for_bit_from_a_small_file(pruned, path)
     }
 
 
+def test_half_precision_rounds_the_weights_and_keeps_the_count(pruned, path):
+    kept = pruned.conv1.weight.nonzero()[0]
+    pruned.conv1.weight.data[tuple(kept)] = -1e-12  # too small for float16
+    checkpoint.save(path, pruned, META, half=True)
+    assert path.stat().st_size < 300_000
+    model, meta = checkpoint.load(path)
+    assert meta["parameters"] == prune.count(model) == 100_000
+    assert model.conv1.weight[tuple(kept)] == -(2.0**-24)
+    for (name, a), b in zip(model.state_dict().items(), pruned.state_dict().values(), strict=True):
+        if name in prune.weights(pruned):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2.0**-24)
+        else:
+            assert torch.equal(a, b), name
+    pruned.conv1.weight.data[tuple(kept)] = 1e5
+    with pytest.raises(checkpoint.CheckpointError, match="too large for half"):
+        checkpoint.save(path, pruned, META, half=True)
+    assert prune.count(checkpoint.load(path)[0]) == 100_000  # the file before
+
+
 def test_dense_networks_and_resnet50_come_back_as_well(resnet18, path):
     for arch in models.ARCHITECTURES:
         model = models.build(arch, 7)

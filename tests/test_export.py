@@ -69,3 +69,14 @@ def test_bad_input_gets_one_line(tmp_path, capsys, shipped_like):
     assert error.startswith("export.py: ") and error.count("\n") == 1
     assert export.main(["-w", str(shipped_like), "-o", str(tmp_path / "no" / "x.onnx")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_half_precision_is_written_beside_the_weights(shipped_like, tiny_data, tmp_path, capsys):
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(shipped_like.read_bytes())
+    assert export.main(["-w", str(weights), "--half", "--data", str(tiny_data)]) == 0
+    smaller = tmp_path / "w-half.pth"
+    assert smaller.stat().st_size < 0.7 * weights.stat().st_size
+    printed = capsys.readouterr().out
+    assert str(smaller) in printed and "of 40 test images as before" in printed
+    assert checkpoint.load(smaller)[1]["parameters"] == 100_000

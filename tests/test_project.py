@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -25,46 +26,57 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import export  # noqa: E402
 import models  # noqa: E402
+import plots  # noqa: E402
 import prune  # noqa: E402
 import train  # noqa: E402
 
 SHIPPED = ROOT / "pruned_resnet18.pth"
 
 
+def result_rows() -> list[dict[str, str]]:
+    with (ROOT / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def shipped_row() -> dict[str, str]:
     """The row of results.csv that the shipped weights come from."""
     meta = checkpoint.load(SHIPPED)[1]
-    with (ROOT / "results.csv").open() as file:
-        (row,) = [
-            row
-            for row in csv.DictReader(file)
-            if (row["recipe"], row["seed"]) == (meta["recipe"], str(meta["seed"]))
-            and row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
-        ]
+    (row,) = [
+        row
+        for row in result_rows()
+        if (row["recipe"], row["seed"]) == (meta["recipe"], str(meta["seed"]))
+        and row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
+    ]
     return row
 
 
 def readme_tables() -> dict[str, str]:
     """The README's generated parts, by the name in the comment before them."""
-    with (ROOT / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
     results = [
-        "| run | network | parameters | validation | test |",
+        "| run | teacher, val / test | student | **100,000 parameters** | |",
         "|---|---|---|---|---|",
     ]
+    rows = [row for row in result_rows() if row["recipe"] == shipped_row()["recipe"]]
     for row in rows:
+        figures = [
+            " / ".join(f"{float(row[f'{stage}_{part}']):.2%}" for part in ("val", "test"))
+            for stage in train.STAGES
+        ]
         run = f"`--recipe {row['recipe']} --seed {row['seed']}`"
-        about = f"{run}, {float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
-        for stage, network, parameters in (
-            ("teacher", "ResNet50, teacher", "23.5 M"),
-            ("student", "ResNet18, distilled", "11.2 M"),
-            ("pruned", "**ResNet18, pruned**", f"**{int(row['parameters']):,}**"),
-        ):
-            val, test = (f"{float(row[f'{stage}_{part}']):.2%}" for part in ("val", "test"))
-            if stage == "pruned":
-                val, test = f"**{val}**", f"**{test}**"
-            results.append(f"| {about} | {network} | {parameters} | {val} | {test} |")
-            about = ""
+        where = f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
+        results.append(f"| {run} | {' | '.join(figures)} | {where} |")
+    if len(rows) > 1:
+        figures = [
+            " / ".join(
+                f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %"
+                for values in (
+                    [100 * float(row[f"{stage}_{part}"]) for row in rows]
+                    for part in ("val", "test")
+                )
+            )
+            for stage in train.STAGES
+        ]
+        results.append(f"| mean ± standard deviation | {' | '.join(figures)} | |")
     model, _ = checkpoint.load(SHIPPED)
     summary = torchinfo.summary(prune.masked(model), (1, 3, 28, 28), verbose=0)
     layers = ["| layer | parameters | of |", "|---|---|---|"]
@@ -257,3 +269,5 @@ if __name__ == "__main__":
     for name, table in readme_tables().items():
         text = text.replace(part(text, name)[0], part(text, name)[1] + table + part(text, name)[3])
     checkpoint.write(ROOT / "README.md", text)
+    if any(row["recipe"] == "curve" for row in result_rows()):
+        checkpoint.write(ROOT / "sizes.png", plots.sizes(ROOT / "results.csv", "curve"))

@@ -10,6 +10,7 @@ from torch import Generator
 import checkpoint
 import data
 import models
+import plots
 import predict
 import prune
 import train
@@ -50,21 +51,26 @@ def test_the_learning_rate_rises_for_a_tenth_and_ends_at_zero():
     assert 0.09 < max(rates) <= 0.1 and rates[-1] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("name", ["full", "cpu", "quick"])
+@pytest.mark.parametrize("name", train.RECIPES)
 def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
-    stage = train.RECIPES[name].pruned
-    assert len(stage.cuts) == len(stage.epochs)
-    plan = [budget for _, _, budget in train.plan(stage, 4_228_570, 100_000)]
-    cuts = [budget for budget in plan if budget is not None]
-    assert len(plan) == sum(stage.epochs) and len(cuts) == sum(stage.cuts)
-    assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 100_000
-    assert plan[-1] is None
+    recipe = train.RECIPES[name]
+    parts = train.plan(recipe, 4_228_570, 100_000)
+    assert [part.number for part in parts] == list(range(len(recipe.pruned) + 2))
+    assert len({part.file for part in parts}) == len(parts)
+    assert parts[-1].file == "pruned_resnet18.pth"
+    cuts = [budget for part in parts for budget in part.cuts]
+    assert len(cuts) == sum(stage.cuts for stage in recipe.pruned)
+    assert cuts == sorted(cuts, reverse=True) and cuts[0] < 4_228_570
+    assert all(len(part.cuts) == part.stage.cuts <= part.stage.epochs for part in parts)
+    assert parts[-1].stage.cuts < parts[-1].stage.epochs
+    ends = [part.cuts[-1] for part in parts[2:]]
+    assert ends == list(recipe.budgets) if recipe.budgets else ends[-1] == 100_000
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer):
     torch.manual_seed(0)
-    stage = train.Stage((9,), optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
+    stage = train.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
     network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
     teacher = train.frozen(models.build("resnet18", 10), torch.device("cpu"), False, 28)
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
@@ -90,7 +96,7 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
 
 def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given():
     torch.manual_seed(0)
-    stage = train.Stage((1,), "sgd", 0.1, 0)
+    stage = train.Stage(1, "sgd", 0.1, 0)
     network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
     images = torch.randn(4, 1, 28, 28).expand(-1, 3, -1, -1)
     network.cut(100_000, 28, True, [images])
@@ -103,7 +109,7 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
     """The real loop brings a network from chance to order on images with an easy pattern."""
     recipe = replace(
         train.RECIPES["quick"],
-        teacher=train.Stage((6,), "adamw", 2e-3, 0.05),
+        teacher=train.Stage(6, "adamw", 2e-3, 0.05),
         images=None,
         mixup_alpha=0.0,
         flip=False,
@@ -112,7 +118,7 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
     run = train.Run(tmp_path / "run", "quick", {"seed": 0, "budget": 100_000})
     run.prepare(torch.device("cpu"), data.find(tiny_data), full_train=False)
     torch.manual_seed(0)
-    model = train.fit(run, "teacher", models.build("resnet18", 10))
+    model = train.fit(run, run.parts[0], models.build("resnet18", 10))
     assert models.accuracy(models.infer(model, run.val[0]), run.val[1]) > 0.6
     losses = [row["loss"] for row in run.rows]
     assert losses[-1] < losses[0] - 0.5
@@ -124,8 +130,10 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
 def test_the_whole_chain(tiny, folder, tmp_path, tiny_data, capsys):
     assert train.main(tiny) == 0
     printed = capsys.readouterr().out
+    (between,) = folder.glob("pruned_resnet18-*.pth")  # the network that the first round left
+    assert checkpoint.load(between)[1]["parameters"] == int(between.stem.split("-")[1]) > 100_000
     assert {path.name for path in folder.iterdir()} == {
-        "teacher.pth", "student.pth", "pruned_resnet18.pth",
+        "teacher.pth", "student.pth", between.name, "pruned_resnet18.pth",
         "metrics.csv", "summary.txt", "run.json",
         "curves.png", "confusion.png", "mistakes.png", "layers.png",
     }  # fmt: skip
@@ -149,8 +157,8 @@ def test_the_whole_chain(tiny, folder, tmp_path, tiny_data, capsys):
     assert record["torchinfo_total_params"] == 100_000
     images, labels = data.load(data.find(tiny_data), "test")
     accuracy = models.accuracy(models.infer(model, images), labels)
-    assert record["stages"]["pruned"]["test_accuracy"] == accuracy
-    assert record["stages"]["pruned"]["val_accuracy"] == meta["val_accuracy"]
+    assert record["stages"][-1]["test_accuracy"] == accuracy
+    assert record["stages"][-1]["val_accuracy"] == meta["val_accuracy"]
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "results.csv").exists()  # quick runs are not results
 
@@ -207,13 +215,13 @@ def test_same_seed_same_weights_stopped_or_not(tiny, folder, reference, monkeypa
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    def keep_or_stop(self, stage, model):
-        if stage not in kept:
-            kept.append(stage)
+    def keep_or_stop(self, part, model):
+        if part not in kept:
+            kept.append(part)
             raise KeyboardInterrupt
-        return keep(self, stage, model)
+        return keep(self, part, model)
 
-    def begin(run, teacher_file):
+    def begin(run):
         steps.clear()  # in the place of the time measurement, whose steps are left out
 
     monkeypatch.setattr(train, "announce", begin)
@@ -269,8 +277,29 @@ def test_longer_recipes_write_a_results_row(tiny, tmp_path, monkeypatch):
     assert [(r["seed"], r["parameters"]) for r in rows] == [("0", "50000"), ("1", "50000")]
     for row in rows:
         record = json.loads((tmp_path / "runs" / row["name"] / "run.json").read_text())
-        accuracy = record["stages"]["pruned"]["test_accuracy"]
+        accuracy = record["stages"][-1]["test_accuracy"]
         assert row["pruned_test"] == f"{accuracy:.4f}"
+
+
+def test_a_recipe_with_budgets_keeps_and_measures_a_network_for_each(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    recipe = replace(train.RECIPES["quick"], budgets=(400_000, 100_000))
+    monkeypatch.setitem(train.RECIPES, "curve", recipe)
+    flags = [*tiny[1:], "--recipe", "curve"]
+    assert train.main(flags) == 0
+    rows = read_rows(tmp_path / "results.csv")
+    assert [row["parameters"] for row in rows] == ["400000", "100000"]
+    folder = tmp_path / "runs" / "curve-seed0"
+    for row, name in zip(rows, ("pruned_resnet18-400000.pth", "pruned_resnet18.pth"), strict=True):
+        model, meta = checkpoint.load(folder / name)
+        assert prune.count(model) == meta["budget"] == int(row["parameters"])
+        assert row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
+    png = plots.sizes(tmp_path / "results.csv", "curve")
+    assert png[:4] == b"\x89PNG"
+    capsys.readouterr()
+    assert train.main([*flags, "--budget", "90000"]) == 2
+    assert "--budget 90000: the recipe curve has its own" in capsys.readouterr().err
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -362,7 +391,7 @@ def test_the_whole_chain_on_a_gpu(tiny, folder):
 
 
 def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
-    stage = train.Stage((1,), "sgd", 0.1, 0)
+    stage = train.Stage(1, "sgd", 0.1, 0)
     torch.manual_seed(0)
     network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
     images, targets = torch.randn(4, 3, 28, 28), torch.rand(4, 10).softmax(1)

@@ -30,9 +30,9 @@ VALIDATION = 40
 _sgd = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
 _kd = {"kd_weight": 0.9, "temperature": 4}
 RECIPE = train.Recipe(
-    teacher=train.Stage((1,), "adamw", 1e-3, 0.05),
-    student=train.Stage((1,), **_sgd, **_kd),
-    pruned=train.Stage((2, 2), **_sgd, **_kd, cuts=(1, 1)),
+    teacher=train.Stage(1, "adamw", 1e-3, 0.05),
+    student=train.Stage(1, **_sgd, **_kd),
+    pruned=2 * (train.Stage(2, **_sgd, **_kd, cuts=1),),
     images=64,
     batch_size=16,
 )
@@ -88,9 +88,9 @@ def _signal_at(moment: str, number: int) -> None:
 def _counted(fit):
     """train.fit that says, in every process, how many parameters it left."""
 
-    def counted(run, name, *args):
-        model = fit(run, name, *args)
-        if name == "pruned":
+    def counted(run, part, *args):
+        model = fit(run, part, *args)
+        if part.file == "pruned_resnet18.pth":
             print(f"{prune.count(model)} parameters left", file=sys.stderr)
         return model
 
@@ -101,7 +101,7 @@ def main() -> int:
     folder, flags = Path(sys.argv[1]), sys.argv[2:]
     train.RECIPES["quick"] = RECIPE
     train.RUNS, train.RESULTS = folder / "runs", folder / "results.csv"
-    train.announce = lambda run, teacher: None  # its steps are not training steps
+    train.announce = lambda run: None  # its steps are not training steps
     data.VALIDATION = VALIDATION
     if "RANK" in os.environ:  # under torchrun
         train.fit = _counted(train.fit)
