@@ -67,10 +67,9 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     assert ends == list(recipe.budgets) if recipe.budgets else ends[-1] == 100_000
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer):
+def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging():
     torch.manual_seed(0)
-    stage = train.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
+    stage = train.Stage(9, 0.01, 0.1, kd_weight=0.5, temperature=2)
     network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
     teacher = train.frozen(models.build("resnet18", 10), torch.device("cpu"), False, 28)
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
@@ -96,7 +95,7 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
 
 def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given():
     torch.manual_seed(0)
-    stage = train.Stage(1, "sgd", 0.1, 0)
+    stage = train.Stage(1)
     network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
     images = torch.randn(4, 1, 28, 28).expand(-1, 3, -1, -1)
     network.cut(100_000, 28, True, [images])
@@ -109,7 +108,7 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
     """The real loop brings a network from chance to order on images with an easy pattern."""
     recipe = replace(
         train.RECIPES["quick"],
-        teacher=train.Stage(6, "adamw", 2e-3, 0.05),
+        teacher=train.Stage(6),
         images=None,
         mixup_alpha=0.0,
         flip=False,
@@ -151,7 +150,7 @@ def test_the_whole_chain(tiny, folder, tmp_path, tiny_data, capsys):
     assert [row["round"] for row in rows[2:]] == ["1", "1", "2", "2"]
     assert rows[-1]["parameters"] == "100000" == rows[-2]["parameters"] != rows[-3]["parameters"]
     rates = [float(row["learning_rate"]) for row in rows]
-    assert rates[3] == rates[5] == pytest.approx(0) and rates[4] > 0.001
+    assert rates[3] == rates[5] == pytest.approx(0) and rates[4] > 1e-4
 
     record = json.loads((folder / "run.json").read_text())
     assert record["torchinfo_total_params"] == 100_000
@@ -391,7 +390,7 @@ def test_the_whole_chain_on_a_gpu(tiny, folder):
 
 
 def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
-    stage = train.Stage(1, "sgd", 0.1, 0)
+    stage = train.Stage(1)
     torch.manual_seed(0)
     network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
     images, targets = torch.randn(4, 3, 28, 28), torch.rand(4, 10).softmax(1)
