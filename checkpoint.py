@@ -221,18 +221,22 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
 def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     """The reverse of `save`."""
     broken = CheckpointError(f"{path}: damaged, its parts do not fit together")
-    if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: format version {content.get('version')}, this program reads {VERSION}"
-        )
-    meta = content.get("meta")
-    if not isinstance(meta, dict) or not isinstance(meta.get("num_classes"), int):
+    version = content.get("version")
+    if not isinstance(version, int):
         raise broken
-    kinds = {"budget": int, "image_size": int, "grey": bool, "dataset": str, "classes": list}
+    if version != VERSION:
+        raise CheckpointError(f"{path}: format version {version}, this program reads {VERSION}")
+    meta = content.get("meta")
+    if not isinstance(meta, dict) or type(meta.get("num_classes")) is not int:
+        raise broken
+    if not 0 < meta["num_classes"] <= CLASSES:
+        raise broken
+    kinds = {"budget": int, "parameters": int, "image_size": int, "grey": bool, "dataset": str}
+    kinds["classes"] = list
     if not all(isinstance(meta[key], kind) for key, kind in kinds.items() if key in meta):
         raise broken
     classes = meta.get("classes", ["?"] * meta["num_classes"])
-    if not 0 < meta["num_classes"] <= CLASSES or len(classes) != meta["num_classes"]:
+    if len(classes) != meta["num_classes"]:
         raise broken
     if not all(isinstance(c, str) for c in classes) or not 0 < meta.get("image_size", 28) <= 512:
         raise broken

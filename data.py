@@ -408,7 +408,10 @@ def _npy_shape(file: BinaryIO, path: Path) -> list[int]:
     version = np.lib.format.read_magic(file)
     if version not in read_header:
         raise DataError(f"{path}: .npy version {version}, known are 1.0 and 2.0")
-    shape, columns_first, dtype = read_header[version](file)
+    try:
+        shape, columns_first, dtype = read_header[version](file)
+    except Exception:  # it is parsed as Python, and damage can raise nearly anything
+        raise DataError(f"{path}: its header is damaged") from None
     colour = len(shape) == 4 and 3 in (shape[1], shape[3])
     if dtype != np.uint8 or columns_first or not (len(shape) == 3 or colour):
         raise DataError(
