@@ -251,7 +251,9 @@ class UsualLoop:
         )
         model = run.build("student").to(run.device)
         self.model = prune.masked(model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.05)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
         self.accuracy = MulticlassAccuracy(10, average="micro").to(run.device)
 
     def __call__(self) -> None:

@@ -28,10 +28,11 @@ IDX = {
 }
 VALIDATION = 40
 _kd = {"kd_weight": 0.9, "temperature": 4.0}
+_sgd = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
 RECIPE = train.Recipe(
-    teacher=train.Stage(1, 1e-3),
-    student=train.Stage(1, 1e-3, **_kd),
-    pruned=2 * (train.Stage(2, 1e-3, **_kd, cuts=1),),
+    teacher=train.Stage(1, learning_rate=1e-3),
+    student=train.Stage(1, **_sgd, **_kd),
+    pruned=2 * (train.Stage(2, **_sgd, **_kd, cuts=1),),
     images=64,
     batch_size=16,
 )
