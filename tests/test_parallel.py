@@ -55,7 +55,7 @@ def test_two_processes_follow_one_and_go_on_where_one_was_stopped(folder, tmp_pa
     assert [r["parameters"] for r in one] == [r["parameters"] for r in two]
     for a, b in zip(one, two, strict=True):
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.05)
-    assert float(two[1]["loss"]) == pytest.approx(float(one[1]["loss"]), rel=0.01)
+    assert float(two[1]["loss"]) == pytest.approx(float(one[1]["loss"]), rel=0.03)
     path = folder / "runs" / "quick-seed0" / "pruned_resnet18.pth"
     assert checkpoint.load(path)[1]["parameters"] == 100_000
 
