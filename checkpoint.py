@@ -231,8 +231,14 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         raise broken
     if not 0 < meta["num_classes"] <= CLASSES:
         raise broken
-    kinds = {"budget": int, "parameters": int, "image_size": int, "grey": bool, "dataset": str}
-    kinds["classes"] = list
+    kinds = {
+        "budget": int,
+        "parameters": int,
+        "image_size": int,
+        "grey": bool,
+        "dataset": str,
+        "classes": list,
+    }
     if not all(isinstance(meta[key], kind) for key, kind in kinds.items() if key in meta):
         raise broken
     classes = meta.get("classes", ["?"] * meta["num_classes"])

@@ -114,11 +114,9 @@ def trim_(model: nn.Module, image_size: int) -> nn.Module:
                     {name: (inputs[0].shape[-1], output.shape[-1])}
                 )
             )
-    shape, dtype = (
-        (1, model.conv1.weight.shape[1], image_size, image_size),
-        model.conv1.weight.dtype,
-    )
-    probe(torch.empty(shape, dtype=dtype, device="meta"))
+    first = model.conv1.weight
+    shape = (1, first.shape[1], image_size, image_size)
+    probe(torch.empty(shape, dtype=first.dtype, device="meta"))
     for name, (size, outputs) in sizes.items():
         conv = model.get_submodule(name)
         kernel, padding = conv.kernel_size[0], conv.padding[0]

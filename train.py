@@ -116,7 +116,7 @@ RECIPES = {
     ),
 }
 STAGES = ("teacher", "student", "pruned")
-WARMUP = 0.1  # share of a round's steps in which the learning rate rises
+WARMUP = 0.1  # share of the steps in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient
 AVERAGE_EVERY, AVERAGE_DECAY = 16, 0.9  # steps; the average of weights looks back about 160 steps
 REFRESH = 8  # batches from which BatchNorm statistics are taken anew after a cut
@@ -171,7 +171,7 @@ def distillation_loss(
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A linear rise over the first tenth of a round's steps, then half a cosine down to 0."""
+    """A linear rise over the first tenth of the steps, then half a cosine down to 0."""
     rise = min(1.0, (step + 1) / (WARMUP * steps))
     return peak * rise * 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))
 
@@ -791,7 +791,6 @@ def finish(run: Run, teacher_file: Path | None) -> None:
                 "name": run.record["name"],
                 "recipe": run.recipe_name,
                 "seed": run.seed,
-                "budget": stage["parameters"],
                 "parameters": stage["parameters"],
                 **_accuracies("teacher", teacher),
                 **_accuracies("student", student),
