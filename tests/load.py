@@ -1,4 +1,4 @@
-"""A million images through predict.py: `uv run tests/load.py` (a minute on two cores, 1 GB of disk).
+"""A million images through predict.py: `uv run tests/load.py` (a minute, 1 GB of disk).
 
 The test images, once and a hundred times over, as IDX files: time, memory and predictions side by
 side. Ends with 1 if predictions differ, or memory grows by more than a tenth.
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data
+import data  # noqa: E402
 
 
 def write_idx(path: Path, times: int) -> None:
