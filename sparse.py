@@ -325,54 +325,52 @@ class _Code:
         return b.select(b.fcmp_ordered(">", x, y), x, y)
 
     def _main(self, steps: list[ir.Function]) -> None:
-        """void run(images, n, strides n, c, h, w, logits, scratch, first tile, last tile).
+        """void run(images, n, strides n, c, h, w, logits, scratch, tile): one tile of images.
 
         Images are float32 with these strides in elements, logits (n, classes). A tile's missing
         images are copies of the last.
         """
-        types = [PTR, I64, I64, I64, I64, I64, PTR, PTR, I64, I64]
+        types = [PTR, I64, I64, I64, I64, I64, PTR, PTR, I64]
         function = ir.Function(self.module, ir.FunctionType(VOID, types), "run")
-        images, n, sn, sc, sh, sw, logits, scratch, first, last = function.args
+        images, n, sn, sc, sh, sw, logits, scratch, tile = function.args
         b = ir.IRBuilder(function.append_basic_block())
         plan = self.plan
 
         def float_at(base: ir.Value, offset: ir.Value) -> ir.Value:
             return b.gep(base, [offset], source_etype=F32)
 
-        def tile(t: ir.Value) -> None:
-            lanes = []
-            for lane in range(self.lanes):
-                i, end = b.add(b.mul(t, I64(self.lanes)), I64(lane)), b.sub(n, I64(1))
-                lanes.append(b.select(b.icmp_signed("<", i, end), i, end))
-            sources = [float_at(images, b.mul(i, sn)) for i in lanes]
+        lanes = []
+        for lane in range(self.lanes):
+            i, end = b.add(b.mul(tile, I64(self.lanes)), I64(lane)), b.sub(n, I64(1))
+            lanes.append(b.select(b.icmp_signed("<", i, end), i, end))
+        sources = [float_at(images, b.mul(i, sn)) for i in lanes]
 
-            def pixel(c: ir.Value, y: ir.Value, x: ir.Value) -> None:
-                at = b.add(b.add(b.mul(c, sc), b.mul(y, sh)), b.mul(x, sw))
-                value = ir.Constant(self.vector, ir.Undefined)
-                for lane, source in enumerate(sources):
-                    one = b.load(float_at(source, at), typ=F32)
-                    value = b.insert_element(value, one, I32(lane))
-                m = plan.image
-                row = b.add(b.mul(c, I64(m.stride)), b.mul(y, I64(m.side)))
-                self._store(b, value, scratch, b.add(b.add(row, x), I64(m.base + m.at(0, 0))))
+        def pixel(c: ir.Value, y: ir.Value, x: ir.Value) -> None:
+            at = b.add(b.add(b.mul(c, sc), b.mul(y, sh)), b.mul(x, sw))
+            value = ir.Constant(self.vector, ir.Undefined)
+            for lane, source in enumerate(sources):
+                one = b.load(float_at(source, at), typ=F32)
+                value = b.insert_element(value, one, I32(lane))
+            m = plan.image
+            row = b.add(b.mul(c, I64(m.stride)), b.mul(y, I64(m.side)))
+            self._store(b, value, scratch, b.add(b.add(row, x), I64(m.base + m.at(0, 0))))
 
-            size = I64(plan.image.size)
-            _loop(b, I64(0), I64(plan.image.channels), 1, lambda c: _loop(
-                b, I64(0), size, 1, lambda y: _loop(
-                    b, I64(0), size, 1, lambda x: pixel(c, y, x))))  # fmt: skip
-            for step in steps:
-                b.call(step, [scratch])
-            classes = plan.logits.channels
+        size = I64(plan.image.size)
+        _loop(b, I64(0), I64(plan.image.channels), 1, lambda c: _loop(
+            b, I64(0), size, 1, lambda y: _loop(
+                b, I64(0), size, 1, lambda x: pixel(c, y, x))))  # fmt: skip
+        for step in steps:
+            b.call(step, [scratch])
+        classes = plan.logits.channels
 
-            def write(k: ir.Value) -> None:
-                value = self._load(b, scratch, b.add(I64(plan.logits.base), k))
-                for lane, i in enumerate(lanes):
-                    at = float_at(logits, b.add(b.mul(i, I64(classes)), k))
-                    b.store(b.extract_element(value, I32(lane)), at)
+        def write(k: ir.Value) -> None:
+            value = self._load(b, scratch, b.add(I64(plan.logits.base), k))
+            for lane, i in enumerate(lanes):
+                at = float_at(logits, b.add(b.mul(i, I64(classes)), k))
+                b.store(b.extract_element(value, I32(lane)), at)
 
-            _loop(b, I64(0), I64(classes), 1, write)
+        _loop(b, I64(0), I64(classes), 1, write)
 
-        _loop(b, first, last, 1, tile)
         b.ret_void()
 
 
@@ -387,8 +385,7 @@ class _Compiled:
         module = llvm.parse_assembly(str(_Code(plan, lanes, registers).module))
         self._engine = llvm.create_mcjit_compiler(module, machine)  # holds the code
         self._engine.finalize_object()
-        kinds = [ctypes.c_void_p, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2]
-        kinds += [ctypes.c_int64] * 2
+        kinds = [ctypes.c_void_p, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2, ctypes.c_int64]
         self.run = ctypes.CFUNCTYPE(None, *kinds)(self._engine.get_function_address("run"))
         self.scratch = [torch.zeros(plan.vectors * lanes) for _ in range(threads)]  # borders: zero
 
@@ -418,17 +415,15 @@ class SparseResNet(nn.Module):
         logits = torch.empty(n, self.plan.logits.channels)
         code = self._code(n)
         tiles = -(-n // code.lanes)
-        threads = min(self.threads, tiles)
-        bounds = [tiles * i // threads for i in range(threads + 1)] if n else [0]
+        left = iter(range(tiles))  # shared: a thread that is held up leaves its tiles to others
 
-        def run(thread: int) -> None:
-            memory = code.scratch[thread].data_ptr()
-            part = bounds[thread : thread + 2]
-            code.run(images.data_ptr(), n, *images.stride(), logits.data_ptr(), memory, *part)
+        def run(memory: Tensor) -> None:
+            places = logits.data_ptr(), memory.data_ptr()
+            for tile in left:
+                code.run(images.data_ptr(), n, *images.stride(), *places, tile)
 
-        others = [self._pool.submit(run, thread) for thread in range(1, len(bounds) - 1)]
-        if n:
-            run(0)
+        others = [self._pool.submit(run, memory) for memory in code.scratch[1:tiles]]
+        run(code.scratch[0])
         for other in others:
             other.result()
         return logits
