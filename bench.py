@@ -292,14 +292,15 @@ class Collate:
 
 def files(weights: Path) -> Figures:
     """Bytes of the weights as we write them and as a plain state dict, and seconds to load them."""
-    model, _ = checkpoint.load(weights)
+    model, meta = checkpoint.load(weights)
+    kind = meta["arch"], meta["num_classes"], False, meta["stem"]
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "plain.pth"
         torch.save(model.state_dict(), plain)
         times = alternate(
             {
                 "pruned": lambda: checkpoint.load(weights),
-                "plain": lambda: models.build("resnet18", 10).load_state_dict(torch.load(plain)),
+                "plain": lambda: models.build(*kind).load_state_dict(torch.load(plain)),
             }
         )
         results = Figures()

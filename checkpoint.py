@@ -196,7 +196,7 @@ def _unpack(packed: Tensor, dtype: torch.dtype, most: int) -> Tensor:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
-    """`(model, meta)`: a plain torchvision ResNet in eval mode, and what the file says of itself.
+    """`(model, meta)`: a ResNet of `models.build` in eval mode, and what the file says of itself.
 
     Takes files of `save`, plain state dicts, and those with `torch.nn.utils.prune` masks
     (`weight_orig`, `weight_mask`), also inside "model_state_dict" or "state_dict" and with a prefix
@@ -237,6 +237,7 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         "image_size": int,
         "grey": bool,
         "dataset": str,
+        "stem": str,
         "classes": list,
     }
     if not all(isinstance(meta[key], kind) for key, kind in kinds.items() if key in meta):
@@ -248,7 +249,9 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         raise broken
     if meta.get("arch") not in models.ARCHITECTURES:
         raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")
-    model = models.build(meta["arch"], meta["num_classes"])
+    if (stem := meta.setdefault("stem", "stock")) not in models.STEMS:
+        raise CheckpointError(f"{path}: unknown stem {stem!r}")
+    model = models.build(meta["arch"], meta["num_classes"], stem=stem)
     state, prunable = model.state_dict(), prune.weights(model).keys()
     flat = torch.zeros(sum(state[name].numel() for name in prunable))
     parts, packed = {}, content.get("gaps") is not None
@@ -316,7 +319,9 @@ def _from_state_dict(path: str | Path, content: object) -> tuple[nn.Module, dict
         raise CheckpointError(
             f"{path}: not the weights of a torchvision ResNet, fc.weight is missing"
         )
-    model = models.build(arch, len(fc))
+    first = state.get("conv1.weight")
+    stem = "small" if first is not None and first.shape[2:] == (3, 3) else "stock"
+    model = models.build(arch, len(fc), stem=stem)
     own = model.state_dict()
     for name in own:
         if name not in state:
@@ -327,4 +332,4 @@ def _from_state_dict(path: str | Path, content: object) -> tuple[nn.Module, dict
     if extra := sorted(state.keys() - own.keys()):
         raise CheckpointError(f"{path}: not a torchvision {arch}, it also has {extra[0]}")
     model.load_state_dict(state)
-    return model, {"arch": arch, "num_classes": len(fc)}
+    return model, {"arch": arch, "num_classes": len(fc), "stem": stem}

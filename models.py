@@ -1,9 +1,9 @@
 """Teacher and student as torchvision defines them, and the one inference path.
 
-`build` gives plain torchvision ResNets. `trim_` and `speed_up_` change how their convolutions are
-computed, not what they compute: at 28x28 the maps shrink to 1x1, where most of a kernel only meets
-padding, and where a convolution is a matrix product, which oneDNN's convolutions, above all their
-weight gradients, do much slower.
+`build` gives torchvision's ResNets, if wanted with a stem for small images. `trim_` and `speed_up_`
+change how their convolutions are computed, not what they compute: at 28x28 the maps shrink to 1x1,
+where most of a kernel only meets padding, and where a convolution is a matrix product, which
+oneDNN's convolutions, above all their weight gradients, do much slower.
 """
 
 import copy
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 ARCHITECTURES = ("resnet18", "resnet50")
+STEMS = ("stock", "small")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
@@ -37,18 +38,29 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def build(arch: str, num_classes: int, imagenet: bool = False) -> nn.Module:
+def build(
+    arch: str, num_classes: int, imagenet: bool = False, stem: str = "stock"
+) -> torchvision.models.ResNet:
     """A freshly initialised torchvision ResNet.
 
-    `imagenet` starts from torchvision's weights, but for the classifier. Raises ValueError for an
-    unknown `arch`, OSError if the weights are neither cached nor can be downloaded.
+    `stem` "small" is for small images: a first convolution of 3x3 with stride 1 instead of 7x7 with
+    stride 2, and no max-pool, so that all maps have four times the side. `imagenet` starts from
+    torchvision's weights, but for the classifier and a small stem. Raises ValueError for an unknown
+    `arch` or `stem`, OSError if the weights are neither cached nor can be downloaded.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}, expected one of {ARCHITECTURES}")
-    if not imagenet:
-        return getattr(torchvision.models, arch)(num_classes=num_classes)
-    model = getattr(torchvision.models, arch)(weights="IMAGENET1K_V1")
-    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    if stem not in STEMS:
+        raise ValueError(f"unknown stem {stem!r}, expected one of {STEMS}")
+    if imagenet:
+        model = getattr(torchvision.models, arch)(weights="IMAGENET1K_V1")
+        model.fc = nn.Linear(model.fc.in_features, num_classes)
+    else:
+        model = getattr(torchvision.models, arch)(num_classes=num_classes)
+    if stem == "small":
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
     return model
 
 

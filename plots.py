@@ -50,6 +50,8 @@ def curves(metrics: Path) -> bytes:
     return _png(figure)
 
 
+DENSE = {"stock": 11_181_642, "small": 11_173_962}  # parameters of a ResNet18 with this stem
+
 # Test accuracy, %, of others: parameters, accuracy, what it is and where the text goes.
 PUBLISHED = (
     (98_954, 94.31, "3-conv CNN, distilled\n(epoch chosen on test)", "left"),
@@ -69,9 +71,6 @@ def sizes(results: Path, recipe: str) -> bytes:
     """
     rows = pd.read_csv(results)
     rows = rows[rows.recipe == recipe]
-    dense = rows.drop_duplicates("name").student_test
-    ours = 100 * rows.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
-    ours.loc[11_181_642] = 100 * dense.mean(), 100 * dense.min(), 100 * dense.max()
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for parameters, accuracy, text, side in PUBLISHED:
         axes.plot(parameters, accuracy, "o", color="tab:gray")
@@ -80,14 +79,19 @@ def sizes(results: Path, recipe: str) -> bytes:
             textcoords="offset points", ha="left" if side == "right" else "right", va="center",
             color="dimgray",
         )  # fmt: skip
-    axes.errorbar(
-        ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
-        fmt="o-", color="tab:green", capsize=3, label=f"ResNet18, pruned (recipe {recipe}, "
-        f"{rows.seed.nunique()} seed{'s' * (rows.seed.nunique() > 1)})",
-    )  # fmt: skip
-    for parameters, accuracy in ours["mean"].items():
-        axes.annotate(f"{accuracy:.1f}", (parameters, accuracy), (0, -14), fontsize=8,
-                      textcoords="offset points", ha="center", color="tab:green")  # fmt: skip
+    for stem, part in rows.groupby("stem"):
+        color, seeds = {"stock": "tab:green", "small": "tab:blue"}[stem], part.seed.nunique()
+        dense = part.drop_duplicates("name").student_test
+        ours = 100 * part.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
+        ours.loc[DENSE[stem]] = 100 * dense.mean(), 100 * dense.min(), 100 * dense.max()
+        axes.errorbar(
+            ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
+            fmt="o-", color=color, capsize=3, label=f"ResNet18, {stem} stem, pruned (recipe "
+            f"{recipe}, {seeds} seed{'s' * (seeds > 1)})",
+        )  # fmt: skip
+        for parameters, accuracy in ours["mean"].items():
+            axes.annotate(f"{accuracy:.1f}", (parameters, accuracy), (0, -14), fontsize=8,
+                          textcoords="offset points", ha="center", color=color)  # fmt: skip
     axes.plot([], [], "o", color="tab:gray", label="published by others")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(

@@ -519,6 +519,7 @@ class Run:
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
         self.recipe: Recipe = RECIPES[recipe_name]
         self.seed, self.budget = settings["seed"], settings["budget"]
+        self.stem = settings.get("stem", "stock")
         self.record = self._open()
         self.state = self._read_state()
         self.stop = Stop()
@@ -607,7 +608,8 @@ class Run:
         images_u8, labels = images_u8[: self.recipe.images], labels[: self.recipe.images]
         classes = len(source.classes)
         self.train = Images(images_u8.to(device), labels.to(device), self.recipe, classes)
-        _, largest = prune.budget_range(models.build("resnet18", classes), *self.kind)
+        student = models.build("resnet18", classes, stem=self.stem)
+        _, largest = prune.budget_range(student, *self.kind)
         parts = plan(self.recipe, largest, self.budget)
         self.parts = parts if self.settings.get("teacher") is None else parts[1:]
 
@@ -623,7 +625,7 @@ class Run:
         """A new network, initialised from the run's seed."""
         torch.manual_seed(self.seed * len(STAGES) + STAGES.index(stage))
         arch = "resnet50" if stage == "teacher" else "resnet18"
-        return models.build(arch, len(self.source.classes), imagenet)
+        return models.build(arch, len(self.source.classes), imagenet, self.stem)
 
     def keep(self, part: Part, model: nn.Module) -> None:
         """Write a finished network, with what is known of it."""
@@ -634,6 +636,7 @@ class Run:
             val = models.accuracy(models.infer(model, self.val[0]), self.val[1])
         meta = {
             "arch": "resnet50" if part.name == "teacher" else "resnet18",
+            "stem": self.stem,
             "num_classes": len(self.source.classes),
             "classes": list(self.source.classes),
             "dataset": self.source.name,
@@ -790,6 +793,7 @@ def finish(run: Run, teacher_file: Path | None) -> None:
             {
                 "name": run.record["name"],
                 "recipe": run.recipe_name,
+                "stem": run.stem,
                 "seed": run.seed,
                 "parameters": stage["parameters"],
                 **_accuracies("teacher", teacher),
@@ -862,6 +866,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     recipe.add_argument(
         "--quick", action="store_true", help="the recipe quick: a part of the images, 5 minutes"
     )
+    what.add_argument(
+        "--stem",
+        choices=models.STEMS,
+        default="stock",
+        help="first layers of both networks: torchvision's (stock, the default), or for small "
+        "images 3x3 with stride 1 and no max-pool: more accurate, 16 times the work",
+    )
     what.add_argument("--budget", type=int, metavar="N", help="parameters left (default 100000)")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
     what.add_argument(
@@ -905,7 +916,8 @@ def start(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed {args.seed}: a number from 0 to 999,999,999")
     source = data.find(args.data, args.dataset, args.image_size)
     images = "" if source.name == "fashion-mnist" else f"-{source.name}"
-    name = args.name or f"{recipe_name}{images}-seed{args.seed}"
+    stem = "" if args.stem == "stock" else f"-{args.stem}-stem"
+    name = args.name or f"{recipe_name}{images}{stem}-seed{args.seed}"
     if Path(name).name != name or name in (".", ".."):
         raise UsageError(f"--name {name}: a name, not a path")
     for split in ("train", "val", "test"):  # damage is found now, not after hours
@@ -913,7 +925,7 @@ def start(args: argparse.Namespace) -> None:
             data.load(source, split)
     classes = len(source.classes)
     try:
-        probe = models.build("resnet18", classes, args.imagenet)
+        probe = models.build("resnet18", classes, args.imagenet, args.stem)
     except OSError as error:
         raise UsageError(f"--imagenet: the weights cannot be downloaded ({error})") from None
     recipe = RECIPES[recipe_name]
@@ -936,6 +948,7 @@ def start(args: argparse.Namespace) -> None:
             )
     settings = {
         "recipe": asdict(recipe),
+        "stem": args.stem,
         "seed": args.seed,
         "budget": budgets[-1],
         "teacher": None if args.teacher is None else str(args.teacher.resolve()),

@@ -79,6 +79,19 @@ def test_dense_networks_and_resnet50_come_back_as_well(resnet18, path):
         assert meta["parameters"] == prune.count(model)
 
 
+@pytest.mark.parametrize("stem", models.STEMS)
+def test_the_stem_is_kept_and_seen_in_plain_files(stem, path):
+    model = models.build("resnet18", 10, stem=stem)
+    for write in (
+        lambda: checkpoint.save(path, model, {**META, "budget": 2 * 10**7, "stem": stem}),
+        lambda: torch.save(model.state_dict(), path),
+    ):
+        write()
+        again, meta = checkpoint.load(path)
+        assert meta["stem"] == stem and same(again.state_dict(), model.state_dict())
+        assert isinstance(again.maxpool, torch.nn.Identity) == (stem == "small")
+
+
 def test_plain_masked_and_course_files_load(pruned, path):
     state = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
     masked = prune.masked(pruned).state_dict()
@@ -171,6 +184,9 @@ def damage(path, kind):
     if kind == "architecture":
         edit(path, meta={"arch": "resnet34"})
         return "unknown architecture 'resnet34'"
+    if kind == "stem":
+        edit(path, meta={"stem": "large"})
+        return "unknown stem 'large'"
     if kind == "version":
         edit(path, version=99)
         return "version 99"
@@ -219,9 +235,9 @@ def damage(path, kind):
 
 KINDS = (
     "missing", "empty", "truncated", "text", "folder", "code", "bare pickle", "no state dict",
-    "other network", "other shapes", "lacks a layer", "more layers", "architecture", "version",
-    "NaN", "over budget", "miscounted", "positions", "positions beyond", "too few values",
-    "too many others", "dtype", "flipped bit", "cut short", "bomb", "classes",
+    "other network", "other shapes", "lacks a layer", "more layers", "architecture", "stem",
+    "version", "NaN", "over budget", "miscounted", "positions", "positions beyond",
+    "too few values", "too many others", "dtype", "flipped bit", "cut short", "bomb", "classes",
 )  # fmt: skip
 
 

@@ -41,10 +41,11 @@ def test_constant_channels_stay_and_empty_layers_leave_one(resnet18):
     assert slim.model.fc.in_features == 502
 
 
+@pytest.mark.parametrize("stem", models.STEMS)
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_dense_colour_networks(arch):
+def test_dense_colour_networks(arch, stem):
     torch.manual_seed(0)
-    model, batch = models.build(arch, 3).eval(), images(3, 3, 40, 40)
+    model, batch = models.build(arch, 3, stem=stem).eval(), images(3, 3, 40, 40)
     slim = export.Slim(model, 40, grey=False).eval()
     torch.testing.assert_close(slim(batch), models.infer(model, batch), atol=1e-4, rtol=1e-4)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import models
+import plots
 import prune
 
 
@@ -88,6 +89,28 @@ def test_infer_does_not_depend_on_the_batch_size_and_averages_mirror_images(resn
 def test_accuracy_counts_right_answers():
     logits = torch.eye(10)[torch.tensor([3, 1, 4, 1])]
     assert models.accuracy(logits, torch.tensor([3, 1, 4, 5])) == 0.75
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+@pytest.mark.parametrize(("stem", "sides"), [("stock", (7, 1)), ("small", (28, 4))])
+def test_a_small_stem_leaves_maps_with_four_times_the_side(arch, stem, sides):
+    model = models.build(arch, 10, stem=stem).eval()
+    images = torch.randn(2, 3, 28, 28)
+    first = model.layer1(model.maxpool(model.bn1(model.conv1(images))))
+    last = model.layer4(model.layer3(model.layer2(first)))
+    assert (first.shape[-1], last.shape[-1]) == sides
+    assert model(images).shape == (2, 10)
+
+
+def test_the_dense_networks_have_the_parameters_that_the_picture_says():
+    for stem, parameters in plots.DENSE.items():
+        model = models.build("resnet18", 10, stem=stem)
+        assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_unknown_stems_are_refused():
+    with pytest.raises(ValueError, match="unknown stem 'large'"):
+        models.build("resnet18", 10, stem="large")
 
 
 def test_unknown_architectures_and_absent_devices_are_refused(monkeypatch):

@@ -44,7 +44,8 @@ def shipped_row() -> dict[str, str]:
     (row,) = [
         row
         for row in result_rows()
-        if (row["recipe"], row["seed"]) == (meta["recipe"], str(meta["seed"]))
+        if (row["recipe"], row["stem"], row["seed"])
+        == (meta["recipe"], meta["stem"], str(meta["seed"]))
         and row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
     ]
     return row
@@ -56,7 +57,8 @@ def readme_tables() -> dict[str, str]:
         "| run | teacher, val / test | student | **100,000 parameters** | |",
         "|---|---|---|---|---|",
     ]
-    rows = [row for row in result_rows() if row["recipe"] == shipped_row()["recipe"]]
+    same = shipped_row()
+    rows = [row for row in result_rows() if all(row[k] == same[k] for k in ("recipe", "stem"))]
     for row in rows:
         figures = [
             " / ".join(f"{float(row[f'{stage}_{part}']):.2%}" for part in ("val", "test"))

@@ -47,6 +47,13 @@ def test_dense_weights_other_sizes_colour_and_resnet50(resnet18):
     assert differs(engine, model, images(17, 32, grey=False)) < 1e-4
 
 
+def test_a_small_stem():
+    torch.manual_seed(0)
+    model = prune_to(models.build("resnet18", 10, stem="small"), 100_000)
+    engine = sparse.SparseResNet(model, 28)
+    assert differs(engine, model, images(20)) < 1e-4
+
+
 def test_dead_channels_and_empty_layers(resnet18):
     with torch.no_grad():
         resnet18.conv1.weight[5] = 0  # constant after ReLU, and seen by what pads its maps

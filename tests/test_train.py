@@ -281,6 +281,26 @@ def test_longer_recipes_write_a_results_row(tiny, tmp_path, monkeypatch):
         assert row["pruned_test"] == f"{accuracy:.4f}"
 
 
+def test_a_small_stem_goes_through_the_whole_chain(tiny, tmp_path, tiny_data, monkeypatch, capsys):
+    recipe = replace(train.RECIPES["quick"], images=16)  # 16 times the work for each
+    monkeypatch.setitem(train.RECIPES, "quick", recipe)
+    assert train.main([*tiny, "--stem", "small"]) == 0
+    folder = tmp_path / "runs" / "quick-small-stem-seed0"
+    for name in ("teacher", "student", "pruned_resnet18"):
+        model, meta = checkpoint.load(folder / f"{name}.pth")
+        assert meta["stem"] == "small" and model.conv1.kernel_size == (3, 3)
+    assert prune.count(model) == 100_000
+    assert "Total params: 100,000" in (folder / "summary.txt").read_text()
+    out = tmp_path / "submission.csv"
+    flags = ["-w", str(folder / "pruned_resnet18.pth"), "--data", str(tiny_data), "-o", str(out)]
+    predictions = []
+    for engine in ("dense", "sparse"):
+        assert predict.main([*flags, "--engine", engine]) == 0
+        predictions.append(out.read_text())
+    assert predictions[0] == predictions[1]
+    capsys.readouterr()
+
+
 def test_a_recipe_with_budgets_keeps_and_measures_a_network_for_each(
     tiny, tmp_path, monkeypatch, capsys
 ):
