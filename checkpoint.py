@@ -4,8 +4,9 @@ A weights file is a dict that `torch.load(weights_only=True)` reads:
 
     format    "pruned-resnet"
     version   2
-    meta      what the file knows about itself: arch, num_classes, classes, image_size, budget,
-              parameters, and where it comes from (stage, recipe, seed, commit, val_accuracy)
+    meta      what the file knows about itself: arch, stem, num_classes, classes, image_size,
+              budget, parameters, and where it comes from (stage, recipe, seed, commit,
+              val_accuracy)
     values    float32: the non-zero conv and linear weights, in the order of the state dict
     half      True if `values` is float16 instead
     gaps      uint16: distance of each from the one before, over all these weights laid end to end,
@@ -13,8 +14,8 @@ A weights file is a dict that `torch.load(weights_only=True)` reads:
     others    float32: all other floating-point tensors, end to end (BatchNorm, biases)
     integers  int64: BatchNorm's batch counters
 
-Shapes are not stored: they follow from arch and num_classes. In a pruned file, one with gaps, the
-four tensors are compressed without loss, see `_pack`.
+Shapes are not stored: they follow from arch, stem (if absent, "stock") and num_classes. In a pruned
+file, one with gaps, the four tensors are compressed without loss, see `_pack`.
 """
 
 import contextlib
