@@ -51,6 +51,12 @@ def shipped_row() -> dict[str, str]:
     return row
 
 
+def mean_and_spread(percent: list[float]) -> str:
+    """Mean ± standard deviation, the latter unless all are the same (seeds can share a teacher)."""
+    spread = f" ± {statistics.stdev(percent):.2f}" if len(set(percent)) > 1 else ""
+    return f"{statistics.mean(percent):.2f}{spread}%"
+
+
 def readme_tables() -> dict[str, str]:
     """The README's generated parts, by the name in the comment before them."""
     results = [
@@ -70,11 +76,8 @@ def readme_tables() -> dict[str, str]:
     if len(rows) > 1:
         figures = [
             " / ".join(
-                f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %"
-                for values in (
-                    [100 * float(row[f"{stage}_{part}"]) for row in rows]
-                    for part in ("val", "test")
-                )
+                mean_and_spread([100 * float(row[f"{stage}_{part}"]) for row in rows])
+                for part in ("val", "test")
             )
             for stage in train.STAGES
         ]
