@@ -870,7 +870,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=models.STEMS,
         default="stock",
         help="first layers of both networks: torchvision's (stock, the default), or for small "
-        "images 3x3 with stride 1 and no max-pool: more accurate, 16 times the work",
+        "images 3x3 with stride 1 and no max-pool: 16 times the work",
     )
     what.add_argument("--budget", type=int, metavar="N", help="parameters left (default 100000)")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
