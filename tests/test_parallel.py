@@ -45,17 +45,17 @@ def folder(tmp_path):
 def test_two_processes_follow_one_and_go_on_where_one_was_stopped(folder, tmp_path):
     alone = tmp_path / "alone"
     shrunk.write_images(alone / "data")
-    assert faults.run(alone).returncode == 0
-    assert faults.run(folder, DIE="step 7").returncode == -9  # in the second epoch of six
-    ended = torchrun(folder, 2)
+    fp32 = {"FP32": "1"}  # in bf16, rounding alone moves the losses by up to 3 %
+    assert faults.run(alone, **fp32).returncode == 0
+    assert faults.run(folder, DIE="step 7", **fp32).returncode == -9  # in the second epoch of six
+    ended = torchrun(folder, 2, **fp32)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("pruned 2/2    2/2") == 1  # only one of them speaks
     assert ended.stderr.count("100000 parameters left") == 2  # but both have the same count
     one, two = rows(alone), rows(folder)
     assert [r["parameters"] for r in one] == [r["parameters"] for r in two]
     for a, b in zip(one, two, strict=True):
-        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.05)
-    assert float(two[1]["loss"]) == pytest.approx(float(one[1]["loss"]), rel=0.03)
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.005)
     path = folder / "runs" / "quick-seed0" / "pruned_resnet18.pth"
     assert checkpoint.load(path)[1]["parameters"] == 100_000
 

@@ -103,6 +103,8 @@ def main() -> int:
     train.RUNS, train.RESULTS = folder / "runs", folder / "results.csv"
     train.announce = lambda run: None  # its steps are not training steps
     data.VALIDATION = VALIDATION
+    if "FP32" in os.environ:
+        train.bf16_pays = lambda device: False
     if "RANK" in os.environ:  # under torchrun
         train.fit = _counted(train.fit)
     for name, number in (("DIE", signal.SIGKILL), ("STOP", signal.SIGTERM)):
