@@ -660,13 +660,21 @@ def _csv(rows: list[dict]) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, "+" behind it if files differ from it; "" outside of git."""
-    where = Path(__file__).resolve().parent
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    """The commit of this checkout, "+" behind it if files differ from it; "" outside of git.
+
+    results.csv, to which a run adds its rows, may differ.
+    """
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        where = Path(__file__).resolve().parent
+        return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True)
+
     try:
-        return subprocess.run(command, cwd=where, capture_output=True, text=True).stdout.strip()
+        name = git("describe", "--always", "--exclude=*").stdout.strip()
+        differs = git("diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS.name}").returncode
     except OSError:
         return ""
+    return f"{name}+" if name and differs else name
 
 
 # --- the machine --------------------------------------------------------------------------------

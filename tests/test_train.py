@@ -1,5 +1,6 @@
 import csv
 import json
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -347,6 +348,23 @@ def test_bad_flags_end_with_one_line_before_any_work(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_commit_has_a_plus_if_files_differ_other_than_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert train.commit() == ""
+    for name in ("train.py", "results.csv"):
+        (tmp_path / name).write_text("before")
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    clean = train.commit()
+    assert clean and not clean.endswith("+")
+    (tmp_path / "results.csv").write_text("a row more")
+    assert train.commit() == clean
+    (tmp_path / "train.py").write_text("changed")
+    assert train.commit() == f"{clean}+"
 
 
 def test_a_teacher_of_another_kind_is_refused(tiny, tmp_path, capsys):
