@@ -65,12 +65,12 @@ PUBLISHED = (
 
 
 def sizes(results: Path, recipe: str) -> bytes:
-    """Test accuracy against parameters of the networks of `recipe` in results.csv, and PUBLISHED.
+    """Test accuracy against parameters: a line for the networks of `recipe` in results.csv, a star
+    for those of each other recipe, and PUBLISHED.
 
     With several seeds, the mean and, as a bar, lowest and highest.
     """
     rows = pd.read_csv(results)
-    rows = rows[rows.recipe == recipe]
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for parameters, accuracy, text, side in PUBLISHED:
         axes.plot(parameters, accuracy, "o", color="tab:gray")
@@ -79,18 +79,21 @@ def sizes(results: Path, recipe: str) -> bytes:
             textcoords="offset points", ha="left" if side == "right" else "right", va="center",
             color="dimgray",
         )  # fmt: skip
-    for stem, part in rows.groupby("stem"):
+    for (name, stem), part in rows.groupby(["recipe", "stem"]):
         color, seeds = {"stock": "tab:green", "small": "tab:blue"}[stem], part.seed.nunique()
-        dense = part.drop_duplicates("name").student_test
         ours = 100 * part.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
-        ours.loc[DENSE[stem]] = 100 * dense.mean(), 100 * dense.min(), 100 * dense.max()
+        if name == recipe:
+            dense = 100 * part.drop_duplicates("name").student_test
+            ours.loc[DENSE[stem]] = dense.mean(), dense.min(), dense.max()
         axes.errorbar(
             ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
-            fmt="o-", color=color, capsize=3, label=f"ResNet18, {stem} stem, pruned (recipe "
-            f"{recipe}, {seeds} seed{'s' * (seeds > 1)})",
+            fmt="o-" if name == recipe else "*", markersize=6 if name == recipe else 12,
+            color=color, capsize=3, label=f"ResNet18, {stem} stem, pruned: recipe {name}, {seeds} "
+            f"seed{'s' * (seeds > 1)}",
         )  # fmt: skip
         for parameters, accuracy in ours["mean"].items():
-            axes.annotate(f"{accuracy:.1f}", (parameters, accuracy), (0, -14), fontsize=8,
+            axes.annotate(f"{accuracy:.1f}", (parameters, accuracy),
+                          (0, -14) if name == recipe else (18, -3), fontsize=8,
                           textcoords="offset points", ha="center", color=color)  # fmt: skip
     axes.plot([], [], "o", color="tab:gray", label="published by others")
     axes.set_xscale("log")
@@ -99,6 +102,7 @@ def sizes(results: Path, recipe: str) -> bytes:
     )
     axes.set_xlabel("parameters; the rightmost of ours is the dense student")
     axes.set_ylabel("test accuracy, %")
+    axes.margins(y=0.1)
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3, which="both")
     return _png(figure)

@@ -94,8 +94,31 @@ def readme_tables() -> dict[str, str]:
     return {
         "results": "\n".join(results),
         "layers": "\n".join(layers),
+        "sizes": "\n".join(sizes_table()),
         "speed": "\n".join(speed_tables(json.loads((ROOT / "bench.json").read_text()))),
     }
+
+
+def sizes_table() -> list[str]:
+    """Accuracies of the networks of the recipe `curve`, means over its seeds, smallest first."""
+    sizes: dict[str, list[dict]] = {}
+    for row in sorted(result_rows(), key=lambda row: int(row["parameters"])):
+        if row["recipe"] == "curve" and row["stem"] == "stock":
+            sizes.setdefault(f"{int(row['parameters']):,}", []).append(row)
+    columns = [(size, "pruned", rows) for size, rows in sizes.items()]
+    columns.append(("dense", "student", columns[0][2]))
+    lines = [
+        "| parameters | " + " | ".join(size for size, _, _ in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for split in ("val", "test"):
+        means = [
+            statistics.mean(100 * float(row[f"{stage}_{split}"]) for row in rows)
+            for _, stage, rows in columns
+        ]
+        title = {"val": "validation", "test": "test"}[split]
+        lines.append(f"| {title} | " + " | ".join(f"{mean:.2f}%" for mean in means) + " |")
+    return lines
 
 
 def speed_tables(measured: dict) -> list[str]:
@@ -143,7 +166,7 @@ def part(readme: str, name: str) -> re.Match:
     return re.search(rf"(<!-- {name}.*?-->\n)(.*?)(\n<!-- end of {name} -->)", readme, re.S)
 
 
-@pytest.mark.parametrize("name", ["results", "layers", "speed"])
+@pytest.mark.parametrize("name", ["results", "sizes", "layers", "speed"])
 def test_the_readmes_tables_are_the_programs(name):
     assert part((ROOT / "README.md").read_text(), name)[2] == readme_tables()[name]
 
@@ -274,5 +297,4 @@ if __name__ == "__main__":
     for name, table in readme_tables().items():
         text = text.replace(part(text, name)[0], part(text, name)[1] + table + part(text, name)[3])
     checkpoint.write(ROOT / "README.md", text)
-    if any(row["recipe"] == "curve" for row in result_rows()):
-        checkpoint.write(ROOT / "sizes.png", plots.sizes(ROOT / "results.csv", "curve"))
+    checkpoint.write(ROOT / "sizes.png", plots.sizes(ROOT / "results.csv", "curve"))
