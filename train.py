@@ -60,6 +60,7 @@ class Stage:
     kd_weight: float = 0.0  # of the distillation loss; the labels have the rest
     temperature: float = 1.0
     cuts: int = 0  # one before each of the first epochs
+    plain: int = 0  # of the last epochs: whole images, mirrored at random, but not mixed
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ RECIPES = {
         teacher=Stage(24),
         student=Stage(12, **_SGD, **_KD),
         pruned=tuple(
-            Stage(epochs, **_SGD, **_KD, cuts=cuts)
-            for epochs, cuts in ((14, 10), (14, 10), (32, 8))
+            Stage(epochs, **_SGD, **_KD, cuts=cuts, plain=plain)
+            for epochs, cuts, plain in ((14, 10, 0), (14, 10, 0), (32, 8, 8))
         ),
     ),
     # Accuracy against size: one ladder whose networks are all kept, one for each budget. After cuts
@@ -181,15 +182,16 @@ class Images:
         self.batch_size = min(recipe.batch_size, len(labels))
         self.steps = len(labels) // self.batch_size
 
-    def batches(self, generator: Generator) -> Iterable[tuple[Tensor, Tensor]]:
-        """One epoch of (images, targets): cropped, mixed, ready for the networks."""
+    def batches(self, generator: Generator, plain: bool = False) -> Iterable[tuple[Tensor, Tensor]]:
+        """One epoch of (images, targets): cropped and mixed unless `plain`, for the networks."""
         recipe = self.recipe
+        scale, alpha = ((1.0, 1.0), 0.0) if plain else (recipe.crop_scale, recipe.mixup_alpha)
         for index in data.batches(len(self.labels), self.batch_size, generator):
             images = data.random_resized_crop(
-                self.images_u8[index], generator, recipe.crop_scale, flip=recipe.flip
+                self.images_u8[index], generator, scale, flip=recipe.flip
             )
             targets = F.one_hot(self.labels[index], self.classes).float()
-            images, targets = data.mixup(images, targets, recipe.mixup_alpha, generator)
+            images, targets = data.mixup(images, targets, alpha, generator)
             yield models.normalize(images), targets
 
 
@@ -592,7 +594,8 @@ class Run:
     def batches(self, part: Part, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches of an epoch, the same whenever they are asked for."""
         seed = (self.seed * 100 + part.number) * 100_000 + epoch
-        return self.train.batches(Generator(self.device).manual_seed(seed))
+        plain = epoch >= part.stage.epochs - part.stage.plain
+        return self.train.batches(Generator(self.device).manual_seed(seed), plain)
 
     def prepare(self, device: torch.device, source: data.Source, full_train: bool) -> None:
         """Put the images on the device, split into training and validation, or all for training."""

@@ -2,6 +2,7 @@ import csv
 import json
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,8 +65,35 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     assert cuts == sorted(cuts, reverse=True) and cuts[0] < 4_228_570
     assert all(len(part.cuts) == part.stage.cuts <= part.stage.epochs for part in parts)
     assert parts[-1].stage.cuts < parts[-1].stage.epochs
+    assert all(part.stage.plain <= part.stage.epochs - part.stage.cuts for part in parts)
     ends = [part.cuts[-1] for part in parts[2:]]
     assert ends == list(recipe.budgets) if recipe.budgets else ends[-1] == 100_000
+
+
+def test_the_last_epochs_see_whole_images():
+    generator = Generator().manual_seed(0)
+    images_u8 = torch.randint(0, 256, (300, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (300,), generator=generator)
+    recipe = train.Recipe(train.Stage(1), train.Stage(1), (), batch_size=100)
+    part = train.Part("pruned", train.Stage(5, plain=2), 2, "pruned_resnet18.pth")
+    run = SimpleNamespace(
+        train=train.Images(images_u8, labels, recipe, 10), seed=0, device=torch.device("cpu")
+    )
+    whole = models.normalize(images_u8).flatten(1)
+    mirrored = models.normalize(images_u8.flip(2)).flatten(1)
+    known = torch.cat([whole, mirrored])
+    for epoch, plain in enumerate([False, False, False, True, True]):
+        seen = []
+        for images, targets in train.Run.batches(run, part, epoch):
+            distance, nearest = torch.cdist(images.flatten(1), known).min(1)
+            assert (distance.max() < 1e-2) == plain
+            if plain:
+                torch.testing.assert_close(targets.argmax(1), labels[nearest % 300])
+                assert targets.max(1).values.eq(1).all()
+                seen += nearest.tolist()
+        if plain:
+            assert sorted(n % 300 for n in seen) == list(range(300))
+            assert 100 < sum(n < 300 for n in seen) < 200
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
