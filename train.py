@@ -83,7 +83,10 @@ RECIPES = {
     "full": Recipe(
         teacher=Stage(120),
         student=Stage(200, **_SGD, **_KD),
-        pruned=tuple(Stage(epochs, **_SGD, **_KD, cuts=40) for epochs in (60, 60, 240)),
+        pruned=tuple(
+            Stage(epochs, **_SGD, **_KD, cuts=40, plain=plain)
+            for epochs, plain in ((60, 0), (60, 0), (240, 60))
+        ),
         crop_scale=(0.75, 1.0),
         mixup_alpha=0.2,
     ),
@@ -108,7 +111,7 @@ RECIPES = {
     "quick": Recipe(
         teacher=Stage(2),
         student=Stage(3, **_KD),
-        pruned=tuple(Stage(epochs, **_KD, cuts=4) for epochs in (4, 6)),
+        pruned=(Stage(4, **_KD, cuts=4), Stage(6, **_KD, cuts=4, plain=2)),
         images=10_000,
         batch_size=128,
     ),
