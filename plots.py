@@ -55,7 +55,7 @@ DENSE = {"stock": 11_181_642, "small": 11_173_962}  # parameters of a ResNet18 w
 # Test accuracy, %, of others: parameters, accuracy, what it is and where the text goes.
 PUBLISHED = (
     (98_954, 94.31, "3-conv CNN, distilled\n(epoch chosen on test)", "left"),
-    (85_956, 93.51, "pruned ResNet14, distilled\n(median of 185)", "right"),
+    (85_956, 93.51, "pruned ResNet14, distilled\n(median of 185)", "left"),
     (296_000, 94.7, "CNN, random erasing", "left"),
     (768_000, 95.4, "DenseNet-BC", "left"),
     (8_900_000, 96.7, "WRN40-4", "left"),
