@@ -102,9 +102,12 @@ RECIPES = {
     # Accuracy against size: one ladder whose networks are all kept, one for each budget. After cuts
     # so harsh AdamW recovers faster than SGD, which in longer rounds is as good or better (LOG.md).
     "curve": Recipe(
-        teacher=Stage(24),
-        student=Stage(12, **_KD),
-        pruned=6 * (Stage(10, **_KD, cuts=4),),
+        teacher=Stage(24, plain=6),
+        student=Stage(12, **_KD, plain=3),
+        pruned=tuple(
+            Stage(epochs, **_KD, cuts=epochs // 2, plain=epochs // 4)
+            for epochs in (8, 8, 10, 10, 12, 16)
+        ),
         budgets=(1_000_000, 500_000, 200_000, 100_000, 50_000, 20_000),
     ),
     # All stages on a part of the images: a look at the whole chain, not at its accuracy.
