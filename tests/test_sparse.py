@@ -15,8 +15,9 @@ def images(n, size=28, grey=True):
 
 @torch.inference_mode()
 def differs(engine, model, x):
-    """The largest difference of logits, against float64."""
-    return float((engine(x) - model.double()(x.double())).abs().max())
+    """The largest difference of logits, against float64, for all images and for the first two."""
+    expected = model.double()(x.double())
+    return max(float((engine(x[:n]) - expected[:n]).abs().max()) for n in (len(x), 2))
 
 
 def prune_to(model, budget, size=28):
@@ -26,7 +27,7 @@ def prune_to(model, budget, size=28):
     return model.eval()
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 16, 33, 250])
+@pytest.mark.parametrize("n", [1, 5, 12, 13, 33, 250])
 def test_the_shipped_network_in_batches_of_all_sizes(n):
     model, _ = checkpoint.load(SHIPPED)
     assert differs(sparse.SparseResNet(model, 28), model, images(n)) < 1e-4
@@ -41,7 +42,7 @@ def test_budgets_down_to_the_floors(budget, resnet18):
 def test_dense_weights_other_sizes_colour_and_resnet50(resnet18):
     for size, grey in ((28, True), (32, False), (40, False)):
         engine = sparse.SparseResNet(resnet18, size, grey)
-        assert differs(engine, resnet18.eval(), images(3, size, grey)) < 1e-4
+        assert differs(engine, resnet18.eval(), images(17, size, grey)) < 1e-4
     model = models.build("resnet50", 3).eval()
     engine = sparse.SparseResNet(model, 32, grey=False)
     assert differs(engine, model, images(17, 32, grey=False)) < 1e-4
@@ -98,4 +99,4 @@ def test_multiply_adds_are_weights_times_positions():
             module.register_forward_hook(count)
     with torch.inference_mode():
         model(images(1))
-    assert sparse.Plan(model, 28, 1).multiply_adds == sum(counted)
+    assert sparse.Plan(model, 28, 1, 16, 1).multiply_adds == sum(counted)
