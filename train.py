@@ -60,7 +60,6 @@ class Stage:
     kd_weight: float = 0.0  # of the distillation loss; the labels have the rest
     temperature: float = 1.0
     cuts: int = 0  # one before each of the first epochs
-    plain: int = 0  # of the last epochs: whole images, mirrored at random, but not mixed
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,7 @@ RECIPES = {
     "full": Recipe(
         teacher=Stage(120),
         student=Stage(200, **_SGD, **_KD),
-        pruned=tuple(
-            Stage(epochs, **_SGD, **_KD, cuts=40, plain=plain)
-            for epochs, plain in ((60, 0), (60, 0), (240, 60))
-        ),
+        pruned=tuple(Stage(epochs, **_SGD, **_KD, cuts=40) for epochs in (60, 60, 240)),
         crop_scale=(0.75, 1.0),
         mixup_alpha=0.2,
     ),
@@ -95,32 +91,30 @@ RECIPES = {
         teacher=Stage(24),
         student=Stage(12, **_SGD, **_KD),
         pruned=tuple(
-            Stage(epochs, **_SGD, **_KD, cuts=cuts, plain=plain)
-            for epochs, cuts, plain in ((14, 10, 0), (14, 10, 0), (32, 8, 8))
+            Stage(epochs, **_SGD, **_KD, cuts=cuts)
+            for epochs, cuts in ((14, 10), (14, 10), (32, 8))
         ),
     ),
     # Accuracy against size: one ladder whose networks are all kept, one for each budget. After cuts
     # so harsh AdamW recovers faster than SGD, which in longer rounds is as good or better (LOG.md).
     "curve": Recipe(
-        teacher=Stage(24, plain=6),
-        student=Stage(12, **_KD, plain=3),
-        pruned=tuple(
-            Stage(epochs, **_KD, cuts=epochs // 2, plain=epochs // 4)
-            for epochs in (8, 8, 10, 10, 12, 16)
-        ),
+        teacher=Stage(24),
+        student=Stage(12, **_KD),
+        pruned=tuple(Stage(epochs, **_KD, cuts=epochs // 2) for epochs in (8, 8, 10, 10, 12, 16)),
         budgets=(1_000_000, 500_000, 200_000, 100_000, 50_000, 20_000),
     ),
     # All stages on a part of the images: a look at the whole chain, not at its accuracy.
     "quick": Recipe(
         teacher=Stage(2),
         student=Stage(3, **_KD),
-        pruned=(Stage(4, **_KD, cuts=4), Stage(6, **_KD, cuts=4, plain=2)),
+        pruned=(Stage(4, **_KD, cuts=3), Stage(6, **_KD, cuts=4)),
         images=10_000,
         batch_size=128,
     ),
 }
 STAGES = ("teacher", "student", "pruned")
 WARMUP = 0.1  # share of the steps in which the learning rate rises
+PLAIN = 0.25  # share of the epochs, the last: whole images, mirrored at random, but not mixed
 CLIP = 1.0  # largest norm of the gradient
 AVERAGE_EVERY, AVERAGE_DECAY = 16, 0.9  # steps; the average of weights looks back about 160 steps
 REFRESH = 8  # batches from which BatchNorm statistics are taken anew after a cut
@@ -600,7 +594,7 @@ class Run:
     def batches(self, part: Part, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches of an epoch, the same whenever they are asked for."""
         seed = (self.seed * 100 + part.number) * 100_000 + epoch
-        plain = epoch >= part.stage.epochs - part.stage.plain
+        plain = epoch >= (1 - PLAIN) * part.stage.epochs
         return self.train.batches(Generator(self.device).manual_seed(seed), plain)
 
     def prepare(self, device: torch.device, source: data.Source, full_train: bool) -> None:

@@ -65,7 +65,7 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     assert cuts == sorted(cuts, reverse=True) and cuts[0] < 4_228_570
     assert all(len(part.cuts) == part.stage.cuts <= part.stage.epochs for part in parts)
     assert parts[-1].stage.cuts < parts[-1].stage.epochs
-    assert all(part.stage.plain <= part.stage.epochs - part.stage.cuts for part in parts)
+    assert all(part.stage.cuts <= (1 - train.PLAIN) * part.stage.epochs for part in parts)
     ends = [part.cuts[-1] for part in parts[2:]]
     assert ends == list(recipe.budgets) if recipe.budgets else ends[-1] == 100_000
 
@@ -75,14 +75,14 @@ def test_the_last_epochs_see_whole_images():
     images_u8 = torch.randint(0, 256, (300, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (300,), generator=generator)
     recipe = train.Recipe(train.Stage(1), train.Stage(1), (), batch_size=100)
-    part = train.Part("pruned", train.Stage(5, plain=2), 2, "pruned_resnet18.pth")
+    part = train.Part("pruned", train.Stage(7), 2, "pruned_resnet18.pth")
     run = SimpleNamespace(
         train=train.Images(images_u8, labels, recipe, 10), seed=0, device=torch.device("cpu")
     )
     whole = models.normalize(images_u8).flatten(1)
     mirrored = models.normalize(images_u8.flip(2)).flatten(1)
     known = torch.cat([whole, mirrored])
-    for epoch, plain in enumerate([False, False, False, True, True]):
+    for epoch, plain in enumerate([False] * 6 + [True]):
         seen = []
         for images, targets in train.Run.batches(run, part, epoch):
             distance, nearest = torch.cdist(images.flatten(1), known, p=1).min(1)

@@ -32,7 +32,7 @@ _sgd = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
 RECIPE = train.Recipe(
     teacher=train.Stage(1, learning_rate=1e-3),
     student=train.Stage(1, **_sgd, **_kd),
-    pruned=tuple(train.Stage(2, **_sgd, **_kd, cuts=1, plain=plain) for plain in (0, 1)),
+    pruned=2 * (train.Stage(2, **_sgd, **_kd, cuts=1),),
     images=64,
     batch_size=16,
 )
