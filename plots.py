@@ -93,7 +93,7 @@ def sizes(results: Path, recipe: str) -> bytes:
         )  # fmt: skip
         for parameters, accuracy in ours["mean"].items():
             axes.annotate(f"{accuracy:.1f}", (parameters, accuracy),
-                          (0, -14) if name == recipe else (18, -3), fontsize=8,
+                          (10, -13) if name == recipe else (18, -3), fontsize=8,
                           textcoords="offset points", ha="center", color=color)  # fmt: skip
     axes.plot([], [], "o", color="tab:gray", label="published by others")
     axes.set_xscale("log")
