@@ -21,7 +21,7 @@ def curves(metrics: Path) -> bytes:
         2, 1, figsize=(9, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
     for column, color, label in (
-        ("train_accuracy", "tab:gray", "train (augmented, mixed)"),
+        ("train_accuracy", "tab:gray", "training batches"),
         ("val_accuracy", "tab:blue", "validation"),
         ("val_accuracy_average", "tab:orange", "validation, averaged weights"),
     ):
