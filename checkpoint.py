@@ -14,7 +14,7 @@ A weights file is a dict that `torch.load(weights_only=True)` reads:
     others    float32: all other floating-point tensors, end to end (BatchNorm, biases)
     integers  int64: BatchNorm's batch counters
 
-Shapes are not stored: they follow from arch, stem (if absent, "stock") and num_classes. In a pruned
+Shapes are not stored: they follow from arch, stem (if absent, 4) and num_classes. In a pruned
 file, one with gaps, the four tensors are compressed without loss, see `_pack`.
 """
 
@@ -238,7 +238,6 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         "image_size": int,
         "grey": bool,
         "dataset": str,
-        "stem": str,
         "classes": list,
     }
     if not all(isinstance(meta[key], kind) for key, kind in kinds.items() if key in meta):
@@ -250,7 +249,8 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         raise broken
     if meta.get("arch") not in models.ARCHITECTURES:
         raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")
-    if (stem := meta.setdefault("stem", "stock")) not in models.STEMS:
+    meta["stem"] = stem = {"stock": 4}.get(stem := meta.get("stem", 4), stem)
+    if type(stem) is not int or stem not in models.STEMS:
         raise CheckpointError(f"{path}: unknown stem {stem!r}")
     model = models.build(meta["arch"], meta["num_classes"], stem=stem)
     state, prunable = model.state_dict(), prune.weights(model).keys()
@@ -321,7 +321,7 @@ def _from_state_dict(path: str | Path, content: object) -> tuple[nn.Module, dict
             f"{path}: not the weights of a torchvision ResNet, fc.weight is missing"
         )
     first = state.get("conv1.weight")
-    stem = "small" if first is not None and first.shape[2:] == (3, 3) else "stock"
+    stem = 1 if first is not None and first.shape[2:] == (3, 3) else 4
     model = models.build(arch, len(fc), stem=stem)
     own = model.state_dict()
     for name in own:

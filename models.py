@@ -1,6 +1,6 @@
 """Teacher and student as torchvision defines them, and the one inference path.
 
-`build` gives torchvision's ResNets, if wanted with a stem for small images. `trim_` and `speed_up_`
+`build` gives torchvision's ResNets, or with a stem of smaller stride. `trim_` and `speed_up_`
 change how their convolutions are computed, not what they compute: at 28x28 the maps shrink to 1x1,
 where most of a kernel only meets padding, and where a convolution is a matrix product, which
 oneDNN's convolutions, above all their weight gradients, do much slower.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 ARCHITECTURES = ("resnet18", "resnet50")
-STEMS = ("stock", "small")
+STEMS = (4, 2, 1)  # total stride of the layers before the first block
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
@@ -39,14 +39,16 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def build(
-    arch: str, num_classes: int, imagenet: bool = False, stem: str = "stock"
+    arch: str, num_classes: int, imagenet: bool = False, stem: int = 4
 ) -> torchvision.models.ResNet:
     """A freshly initialised torchvision ResNet.
 
-    `stem` "small" is for small images: a first convolution of 3x3 with stride 1 instead of 7x7 with
-    stride 2, and no max-pool, so that all maps have four times the side. `imagenet` starts from
-    torchvision's weights, but for the classifier and a small stem. Raises ValueError for an unknown
-    `arch` or `stem`, OSError if the weights are neither cached nor can be downloaded.
+    `stem` is the total stride of its first layers. 4: torchvision's, a convolution of 7x7 with
+    stride 2 and a max-pool. For small images, 2: a convolution of 3x3 with stride 1 and the
+    max-pool, so that all maps have twice the side; 1: without the max-pool, four times the side.
+    `imagenet` starts from torchvision's weights, but for the classifier and a stem that is not
+    torchvision's. Raises ValueError for an unknown `arch` or `stem`, OSError if the weights are
+    neither cached nor can be downloaded.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}, expected one of {ARCHITECTURES}")
@@ -57,9 +59,10 @@ def build(
         model.fc = nn.Linear(model.fc.in_features, num_classes)
     else:
         model = getattr(torchvision.models, arch)(num_classes=num_classes)
-    if stem == "small":
+    if stem < 4:
         model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if stem == 1:
         model.maxpool = nn.Identity()
     return model
 

@@ -50,7 +50,7 @@ def curves(metrics: Path) -> bytes:
     return _png(figure)
 
 
-DENSE = {"stock": 11_181_642, "small": 11_173_962}  # parameters of a ResNet18 with this stem
+DENSE = {4: 11_181_642, 2: 11_173_962, 1: 11_173_962}  # parameters of a ResNet18, by its stem
 
 # Test accuracy, %, of others: parameters, accuracy, what it is and where the text goes.
 PUBLISHED = (
@@ -80,7 +80,7 @@ def sizes(results: Path, recipe: str) -> bytes:
             color="dimgray",
         )  # fmt: skip
     for (name, stem), part in rows.groupby(["recipe", "stem"]):
-        color, seeds = {"stock": "tab:green", "small": "tab:blue"}[stem], part.seed.nunique()
+        color, seeds = {4: "tab:green", 2: "tab:blue", 1: "tab:purple"}[stem], part.seed.nunique()
         ours = 100 * part.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
         if name == recipe:
             dense = 100 * part.drop_duplicates("name").student_test
@@ -88,7 +88,7 @@ def sizes(results: Path, recipe: str) -> bytes:
         axes.errorbar(
             ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
             fmt="o-" if name == recipe else "*", markersize=6 if name == recipe else 12,
-            color=color, capsize=3, label=f"ResNet18, {stem} stem, pruned: recipe {name}, {seeds} "
+            color=color, capsize=3, label=f"ResNet18, stem {stem}, pruned: recipe {name}, {seeds} "
             f"seed{'s' * (seeds > 1)}",
         )  # fmt: skip
         for parameters, accuracy in ours["mean"].items():

@@ -92,8 +92,8 @@ def test_accuracy_counts_right_answers():
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
-@pytest.mark.parametrize(("stem", "sides"), [("stock", (7, 1)), ("small", (28, 4))])
-def test_a_small_stem_leaves_maps_with_four_times_the_side(arch, stem, sides):
+@pytest.mark.parametrize(("stem", "sides"), [(4, (7, 1)), (2, (14, 2)), (1, (28, 4))])
+def test_the_stem_decides_the_side_of_all_maps(arch, stem, sides):
     model = models.build(arch, 10, stem=stem).eval()
     images = torch.randn(2, 3, 28, 28)
     first = model.layer1(model.maxpool(model.bn1(model.conv1(images))))
@@ -109,8 +109,8 @@ def test_the_dense_networks_have_the_parameters_that_the_picture_says():
 
 
 def test_unknown_stems_are_refused():
-    with pytest.raises(ValueError, match="unknown stem 'large'"):
-        models.build("resnet18", 10, stem="large")
+    with pytest.raises(ValueError, match="unknown stem 3"):
+        models.build("resnet18", 10, stem=3)
 
 
 def test_unknown_architectures_and_absent_devices_are_refused(monkeypatch):

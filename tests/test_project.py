@@ -45,7 +45,7 @@ def shipped_row() -> dict[str, str]:
         row
         for row in result_rows()
         if (row["recipe"], row["stem"], row["seed"])
-        == (meta["recipe"], meta["stem"], str(meta["seed"]))
+        == (meta["recipe"], str(meta["stem"]), str(meta["seed"]))
         and row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
     ]
     return row
@@ -103,7 +103,7 @@ def sizes_table() -> list[str]:
     """Accuracies of the networks of the recipe `curve`, means over its seeds, smallest first."""
     sizes: dict[str, list[dict]] = {}
     for row in sorted(result_rows(), key=lambda row: int(row["parameters"])):
-        if row["recipe"] == "curve" and row["stem"] == "stock":
+        if row["recipe"] == "curve" and row["stem"] == "4":
             sizes.setdefault(f"{int(row['parameters']):,}", []).append(row)
     columns = [(size, "pruned", rows) for size, rows in sizes.items()]
     columns.append(("dense", "student", columns[0][2]))

@@ -48,9 +48,10 @@ def test_dense_weights_other_sizes_colour_and_resnet50(resnet18):
     assert differs(engine, model, images(17, 32, grey=False)) < 1e-4
 
 
-def test_a_small_stem():
+@pytest.mark.parametrize("stem", [2, 1])
+def test_stems_of_smaller_stride(stem):
     torch.manual_seed(0)
-    model = prune_to(models.build("resnet18", 10, stem="small"), 100_000)
+    model = prune_to(models.build("resnet18", 10, stem=stem), 100_000)
     engine = sparse.SparseResNet(model, 28)
     assert differs(engine, model, images(20)) < 1e-4
 

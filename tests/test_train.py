@@ -310,14 +310,17 @@ def test_longer_recipes_write_a_results_row(tiny, tmp_path, monkeypatch):
         assert row["pruned_test"] == f"{accuracy:.4f}"
 
 
-def test_a_small_stem_goes_through_the_whole_chain(tiny, tmp_path, tiny_data, monkeypatch, capsys):
+@pytest.mark.parametrize("stem", [2, 1])
+def test_a_stem_of_smaller_stride_goes_through_the_whole_chain(
+    stem, tiny, tmp_path, tiny_data, monkeypatch, capsys
+):
     recipe = replace(train.RECIPES["quick"], images=16)  # 16 times the work for each
     monkeypatch.setitem(train.RECIPES, "quick", recipe)
-    assert train.main([*tiny, "--stem", "small"]) == 0
-    folder = tmp_path / "runs" / "quick-small-stem-seed0"
+    assert train.main([*tiny, "--stem", str(stem)]) == 0
+    folder = tmp_path / "runs" / f"quick-stem{stem}-seed0"
     for name in ("teacher", "student", "pruned_resnet18"):
         model, meta = checkpoint.load(folder / f"{name}.pth")
-        assert meta["stem"] == "small" and model.conv1.kernel_size == (3, 3)
+        assert meta["stem"] == stem and model.conv1.kernel_size == (3, 3)
     assert prune.count(model) == 100_000
     assert "Total params: 100,000" in (folder / "summary.txt").read_text()
     out = tmp_path / "submission.csv"
