@@ -7,6 +7,8 @@ Prints a table for each part and ends with one line of JSON. What is compared ru
 a machine that slows down slows down all; shown are medians, and the JSON holds the spread as well.
 """
 
+import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+
 import argparse
 import json
 import os
@@ -32,6 +34,7 @@ import data
 import export
 import models
 import prune
+import rewrite
 import sparse
 import train
 
@@ -84,7 +87,7 @@ class Figures:
 def engines(model: nn.Module, device: torch.device, example: Tensor) -> dict[str, Callable]:
     """What runs the network, by name: each takes float32 images (N, 3, H, H), gives logits."""
     fp32 = model.to(device)
-    bf16 = train.frozen(model, device, True, example.shape[-1])
+    bf16 = rewrite.frozen(model, device, True, example.shape[-1])
     made: dict[str, Callable] = {
         "dense_fp32": fp32,
         "dense_bf16": lambda images: bf16(images.to(torch.bfloat16)),
@@ -177,7 +180,7 @@ def training(source: data.Source, device: torch.device) -> Figures:
 
     plain_teacher = run.build("teacher").to(device).eval()
     machine = device, run.bf16, source.image_size
-    teacher = train.frozen(plain_teacher, *machine)
+    teacher = rewrite.frozen(plain_teacher, *machine)
     network = train.Network(run.build("student"), stage, *machine)
     network.cut(run.budget, *run.kind, [])
     bare = train.Network(run.build("student"), stage, *machine)

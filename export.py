@@ -9,10 +9,10 @@ meet padding. The file takes uint8 images (N, H, W) (colour: (N, 3, H, W)) as th
 logits. It is checked against PyTorch, with onnxruntime, before it gets its name.
 """
 
+import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+
 import argparse
 import io
-import itertools
-import math
 import sys
 import time
 from pathlib import Path
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import models
+import rewrite
 
 TOLERANCE = 1e-4  # of logits, between PyTorch and the export
-BLOCK = 16  # channels that onnxruntime computes together; it is slow with other numbers of them
 
 
 class ExportError(Exception):
@@ -38,85 +38,16 @@ class Slim(nn.Module):
     def __init__(self, model: nn.Module, image_size: int, grey: bool):
         super().__init__()
         self.grey = grey
-        self.model = models.fold_batchnorm(model).cpu().float().requires_grad_(False)
+        self.model = rewrite.fold_batchnorm(model).cpu().float().requires_grad_(False)
         if grey:  # three equal channels are one
             conv = self.model.conv1
-            _replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
-        remove_channels_(self.model)
-        models.trim_(self.model, image_size)
+            rewrite.replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
+        rewrite.remove_channels_(self.model)
+        rewrite.trim_(self.model, image_size)
 
     def forward(self, images_u8: Tensor) -> Tensor:
         images = images_u8.float() / 127.5 - 1
         return self.model(images.unsqueeze(1) if self.grey else images)
-
-
-def remove_channels_(model: nn.Module) -> None:
-    """Remove channels that nobody reads or that are always zero from a folded ResNet.
-
-    Channels that are added to each other (those of the stem and all blocks of a stage) come and go
-    together. As many stay as make the number a multiple of BLOCK.
-    """
-    groups = channel_groups(model)
-    while True:
-        before = sum(int(m.weight.count_nonzero()) for m in _layers(model))
-        for writers, readers in groups:
-            read = torch.stack([_by_input(reader) for reader in readers]).any(0)
-            written = torch.stack([w.weight.flatten(1).any(1) | (w.bias > 0) for w in writers]).any(
-                0
-            )
-            alive = read & written
-            for writer in writers:
-                writer.weight[~alive], writer.bias[~alive] = 0, 0
-            for reader in readers:
-                reader.weight[:, ~alive] = 0
-        if before == sum(int(m.weight.count_nonzero()) for m in _layers(model)):
-            break
-    for writers, readers in groups:
-        alive = torch.stack([_by_input(reader) for reader in readers]).any(0)
-        count = int(alive.sum())
-        rounded = max(math.ceil(count / BLOCK), 1) * BLOCK  # a layer without channels is none
-        alive[(~alive).nonzero()[: rounded - count]] = True
-        for writer in writers:
-            _replace_(writer, writer.weight[alive], writer.bias[alive])
-        for reader in readers:
-            _replace_(reader, reader.weight[:, alive], reader.bias)
-
-
-def channel_groups(model: nn.Module) -> list[tuple[list[nn.Module], list[nn.Module]]]:
-    """(layers that write, layers that read) for each set of channels of a folded ResNet."""
-    groups, writers, readers = [], [model.conv1], []
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        for block in stage:
-            convs = [module for name, module in block.named_children() if name[:4] == "conv"]
-            readers.append(convs[0])
-            if block.downsample is not None:
-                readers.append(block.downsample[0])
-                groups.append((writers, readers))
-                writers, readers = [block.downsample[0]], []
-            groups += [([a], [b]) for a, b in itertools.pairwise(convs)]
-            writers.append(convs[-1])
-    groups.append((writers, [*readers, model.fc]))
-    return groups
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-
-
-def _by_input(layer: nn.Module) -> Tensor:
-    """Which input channels have a weight that is not zero."""
-    return layer.weight.transpose(0, 1).flatten(1).any(1)
-
-
-def _replace_(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Give `layer` other weights, of any shape."""
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    layer.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
-    if isinstance(layer, nn.Conv2d):
-        layer.out_channels, layer.in_channels = weight.shape[:2]
-        layer.kernel_size = tuple(weight.shape[2:])
-    else:
-        layer.out_features, layer.in_features = weight.shape
 
 
 def to_onnx(module: nn.Module, example: Tensor) -> bytes:

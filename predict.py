@@ -8,6 +8,8 @@ are known, the accuracy. `-w` takes what train.py writes, and any state dict of 
 ResNet18 or ResNet50, plain or with the masks of torch.nn.utils.prune.
 """
 
+import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+
 import argparse
 import json
 import sys

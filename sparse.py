@@ -23,7 +23,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor, nn
 
-import models
+import rewrite
 
 F32, I32, I64, PTR, VOID = (
     ir.FloatType(),
@@ -106,7 +106,7 @@ class Plan:
     def __init__(
         self, model: nn.Module, image_size: int, channels: int, images: int, positions: int
     ):
-        model = models.fold_batchnorm(model).cpu().float().requires_grad_(False)
+        model = rewrite.fold_batchnorm(model).cpu().float().requires_grad_(False)
         self.images, self.positions = images, positions
         self.cells = 0  # of memory
         self.products: list[Product] = []
@@ -159,7 +159,7 @@ class Plan:
         # With few vectors a register would wait for its own last sum: several sums take turns.
         unroll = 4 if len(vectors) == 1 else 2 if len(vectors) <= 4 else 1
         kernel = weight.shape[-1]
-        low, high = models.live_taps(source.size, kernel, stride, padding)
+        low, high = rewrite.live_taps(source.size, kernel, stride, padding)
         live = torch.zeros_like(weight)
         live[:, :, low:high, low:high] = weight[:, :, low:high, low:high]
         o, c, ky, kx = live.nonzero(as_tuple=True)

@@ -10,6 +10,8 @@ Validation images, held out of the training set, choose the epoch; test is measu
 end.
 """
 
+import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+
 import argparse
 import contextlib
 import csv
@@ -40,11 +42,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
+import augment
 import checkpoint
 import data
 import models
+import parallel
 import plots
 import prune
+import rewrite
 
 # --- recipes ------------------------------------------------------------------------------------
 
@@ -138,26 +143,6 @@ class UsageError(Exception):
     """Something the user asked for cannot be done; the message is one line."""
 
 
-def processes() -> int:
-    """How many processes train together (torchrun); each has the whole batch and trains a share."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def process() -> int:
-    """The number of this one; only 0 writes and speaks."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def share(batch: Tensor) -> Tensor:
-    """The part of a batch that this process trains on."""
-    return batch if processes() == 1 else batch.tensor_split(processes())[process()]
-
-
-def say(text: str) -> None:
-    if process() == 0:
-        print(text, flush=True)
-
-
 # --- one step -----------------------------------------------------------------------------------
 
 
@@ -197,12 +182,12 @@ class Images:
         """One epoch of (images, targets): cropped and mixed unless `plain`, for the networks."""
         recipe = self.recipe
         scale, alpha = ((1.0, 1.0), 0.0) if plain else (recipe.crop_scale, recipe.mixup_alpha)
-        for index in data.batches(len(self.labels), self.batch_size, generator):
-            images = data.random_resized_crop(
+        for index in augment.batches(len(self.labels), self.batch_size, generator):
+            images = augment.random_resized_crop(
                 self.images_u8[index], generator, scale, flip=recipe.flip
             )
             targets = F.one_hot(self.labels[index], self.classes).float()
-            images, targets = data.mixup(images, targets, alpha, generator)
+            images, targets = augment.mixup(images, targets, alpha, generator)
             yield models.normalize(images), targets
 
 
@@ -213,11 +198,11 @@ class Network:
         self, model: nn.Module, stage: Stage, device: torch.device, bf16: bool, image_size: int
     ):
         self.stage, self.device, self.bf16 = stage, device, bf16
-        model = models.speed_up_(models.trim_(model, image_size))
+        model = rewrite.speed_up_(rewrite.trim_(model, image_size))
         self.model = model.to(device, memory_format=torch.channels_last)
         self.trained = self.model
-        if processes() > 1:
-            models.synchronize_batchnorm_(self.model)
+        if parallel.processes() > 1:
+            parallel.synchronize_batchnorm_(self.model)
             self.trained = DistributedDataParallel(self.model)
         self.average = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
@@ -263,7 +248,7 @@ class Network:
         All processes are given the same batch, and each takes its share.
         """
         stage = self.stage
-        images, targets = share(images), share(targets)
+        images, targets = parallel.share(images), parallel.share(targets)
         with self.autocast():
             logits = self.trained(images)
         if teacher is not None:
@@ -303,14 +288,6 @@ class Network:
             self.set_masks({name: mask.to(self.device) for name, mask in state["masks"].items()})
 
 
-def frozen(model: nn.Module, device: torch.device, bf16: bool, image_size: int) -> nn.Module:
-    """A copy for fast forward passes only: BatchNorm folded, no gradients, all in bf16 or fp32."""
-    model = models.trim_(models.fold_batchnorm(model), image_size)
-    model = models.speed_up_(model).requires_grad_(False)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return model.to(device, dtype, memory_format=torch.channels_last)
-
-
 # --- one stage ----------------------------------------------------------------------------------
 
 
@@ -326,7 +303,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         for number in (signal.SIGINT, signal.SIGTERM):
-            if processes() == 1 and signal.getsignal(number) != signal.SIG_IGN:
+            if parallel.processes() == 1 and signal.getsignal(number) != signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self._ask)
         return self
 
@@ -362,9 +339,9 @@ class Progress:
 
     def result(self) -> tuple[Tensor, float]:
         """Losses of all steps (steps,), on the CPU, and accuracy, over all processes."""
-        if processes() > 1:
+        if parallel.processes() > 1:
             dist.all_reduce(self.losses)
-            self.losses /= processes()
+            self.losses /= parallel.processes()
             self.accuracy.sync()
         return self.losses.cpu(), self.accuracy.compute().item()
 
@@ -385,7 +362,7 @@ def train_epoch(
     larger share. The bar, if there is a terminal, reads loss and accuracy ten times.
     """
     network.model.train()
-    hidden = True if process() else None  # None: unless there is a terminal
+    hidden = True if parallel.process() else None  # None: unless there is a terminal
     bar = tqdm(batches, title, len(rates), leave=False, disable=hidden)
     for step, (images, targets) in enumerate(bar):
         if step < progress.step:
@@ -395,7 +372,7 @@ def train_epoch(
             return
         loss, logits = network.step(images, targets, teacher, rates[step])
         progress.losses[step] = loss
-        progress.accuracy.update(logits, share(targets).argmax(1))
+        progress.accuracy.update(logits, parallel.share(targets).argmax(1))
         progress.step = done = step + 1
         if done % AVERAGE_EVERY == 0:
             network.average.update_parameters(network.model)
@@ -456,7 +433,9 @@ def fit(run: "Run", part: Part, model: nn.Module, teacher: nn.Module | None = No
     if first or within:
         network.load_state_dict(run.state["network"])
         best = run.state["best"]
-        say(f"{part.title}: going on after {first} epochs{' and a part' if within else ''}")
+        parallel.say(
+            f"{part.title}: going on after {first} epochs{' and a part' if within else ''}"
+        )
 
     for epoch in range(first, stage.epochs):
         began = time.perf_counter()
@@ -508,14 +487,14 @@ def fit(run: "Run", part: Part, model: nn.Module, teacher: nn.Module | None = No
         )
         run.save_state(part, epoch + 1, network, best)
         shown = "" if val is None else f"  val {val:.2%}  averaged {val_average:.2%}"
-        say(
+        parallel.say(
             f"{part.title:11}{epoch + 1:4}/{stage.epochs}  {parameters:>10,} parameters  "
             f"loss {losses.mean().item():.4f}{shown}  {seconds:.0f} s"
         )
         if run.stop.asked:
             raise KeyboardInterrupt
     network.model.load_state_dict(best["model"])
-    return models.untrimmed(network.model)
+    return rewrite.untrimmed(network.model)
 
 
 # --- a run and its folder -----------------------------------------------------------------------
@@ -564,7 +543,7 @@ class Run:
                     return checkpoint.read(path)
             except checkpoint.CheckpointError as error:
                 print(f"train.py: warning: {error}; going on from the one before", file=sys.stderr)
-                if process() == 0:
+                if parallel.process() == 0:
                     path.unlink()  # it must not become the one before
         return {}
 
@@ -582,7 +561,7 @@ class Run:
     ) -> None:
         """All that the next epoch needs, or the rest of the one `within`; the state before is kept
         as well. metrics.csv is written from the same rows."""
-        if process() > 0:
+        if parallel.process() > 0:
             return
         now = time.perf_counter()
         self.minutes += (now - self.clock) / 60
@@ -629,7 +608,7 @@ class Run:
         if self.val is None:
             return None
         images_u8, labels = self.val
-        model = frozen(model, self.device, self.bf16, self.source.image_size)
+        model = rewrite.frozen(model, self.device, self.bf16, self.source.image_size)
         return models.accuracy(models.infer(model, images_u8, 250), labels)
 
     def build(self, stage: str, imagenet: bool = False) -> nn.Module:
@@ -640,7 +619,7 @@ class Run:
 
     def keep(self, part: Part, model: nn.Module) -> None:
         """Write a finished network, with what is known of it."""
-        if process() > 0:
+        if parallel.process() > 0:
             return
         val = None
         if self.val is not None:
@@ -719,7 +698,7 @@ def measure(run: Run) -> dict[str, float]:
             continue
         machine = run.device, run.bf16, run.source.image_size
         network = Network(run.build(part.name), part.stage, *machine)
-        teacher = frozen(run.build("teacher"), *machine) if part.name != "teacher" else None
+        teacher = rewrite.frozen(run.build("teacher"), *machine) if part.name != "teacher" else None
         network.model.train()
         times = []
         for _, batch in zip(range(5), run.batches(part, 0), strict=False):
@@ -738,13 +717,13 @@ def train(run: Run, teacher_file: Path | None, imagenet: bool) -> None:
     """All parts that are not finished yet."""
     teacher, before = None, None
     for part in run.parts:
-        if processes() > 1:
+        if parallel.processes() > 1:
             dist.barrier()  # until process 0 has written the part before
         path = run.folder / part.file
         if not path.exists():
             if part.name != "teacher" and teacher is None:
                 teacher, _ = checkpoint.load(teacher_file or run.folder / "teacher.pth")
-                teacher = frozen(teacher, run.device, run.bf16, run.source.image_size)
+                teacher = rewrite.frozen(teacher, run.device, run.bf16, run.source.image_size)
             if part.name == "pruned":
                 model, _ = checkpoint.load(before)
             else:
@@ -796,7 +775,7 @@ def finish(run: Run, teacher_file: Path | None) -> None:
         "commit": commit(),
         "device": device_name(run.device),
         "bf16": run.bf16,
-        "processes": processes(),
+        "processes": parallel.processes(),
         "peak_memory_mb": peak_memory_mb(run.device),
         "versions": {
             "python": platform.python_version(),
@@ -979,26 +958,26 @@ def start(args: argparse.Namespace) -> None:
         "dataset": source.name if source.name != "folder" else str(source.path.resolve()),
         "image_size": source.image_size,
     }
-    if recipe.batch_size % processes():
+    if recipe.batch_size % parallel.processes():
         raise UsageError(
-            f"{processes()} processes cannot share batches of {recipe.batch_size} equally"
+            f"{parallel.processes()} processes cannot share batches of {recipe.batch_size} equally"
         )
-    if process() > 0:
+    if parallel.process() > 0:
         dist.barrier()  # until process 0 has the folder
-    with lock(RUNS / name) if process() == 0 else contextlib.nullcontext():
+    with lock(RUNS / name) if parallel.process() == 0 else contextlib.nullcontext():
         run = Run(RUNS / name, recipe_name, settings)
-        if processes() > 1 and process() == 0:
+        if parallel.processes() > 1 and parallel.process() == 0:
             dist.barrier()
         if "stages" in run.record:
-            say(f"{run.folder}: this run is finished; --name or --seed starts another")
+            parallel.say(f"{run.folder}: this run is finished; --name or --seed starts another")
         else:
             run.prepare(device, source, args.full_train)
             announce(run)
             with run.stop:
                 train(run, args.teacher, args.imagenet)
-            if process() == 0:
+            if parallel.process() == 0:
                 finish(run, args.teacher)
-        if process() == 0:
+        if parallel.process() == 0:
             report(run)
 
 
@@ -1021,9 +1000,11 @@ def lock(folder: Path) -> Iterator[None]:
 
 def announce(run: Run) -> None:
     """Device, recipe, epochs and, from a few measured steps, the expected time."""
-    say(f"device {device_name(run.device)}, {'bf16' if run.bf16 else 'fp32'}, run {run.folder}")
+    parallel.say(
+        f"device {device_name(run.device)}, {'bf16' if run.bf16 else 'fp32'}, run {run.folder}"
+    )
     images = run.train.steps * run.train.batch_size
-    say(f"recipe {run.recipe_name}, seed {run.seed}, {images:,} images an epoch")
+    parallel.say(f"recipe {run.recipe_name}, seed {run.seed}, {images:,} images an epoch")
     seconds = measure(run)
 
     total = 0.0
@@ -1034,12 +1015,14 @@ def announce(run: Run) -> None:
         total += minutes
         epochs = " + ".join(str(part.stage.epochs) for part in parts)
         known = f" ({done} are done)" if done else ""
-        say(f"  {stage:8} {epochs} epochs{known}, about {minutes:.1f} minutes")
-    say(f"  in all about {total:.1f} minutes")
+        parallel.say(f"  {stage:8} {epochs} epochs{known}, about {minutes:.1f} minutes")
+    parallel.say(f"  in all about {total:.1f} minutes")
     if run.device.type == "cpu" and run.recipe_name != "full":
         full = [p for p in plan(RECIPES["full"], 10**6, 10**5) if p.name in seconds]
         hours = sum(p.stage.epochs * seconds[p.name] for p in full) * run.available / 3600
-        say(f"  (the recipe full, made for a GPU, would take about {hours:.0f} hours here)")
+        parallel.say(
+            f"  (the recipe full, made for a GPU, would take about {hours:.0f} hours here)"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """A tiny data set in Fashion-MNIST's format, and the real program shrunk to run on it."""
 
+import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+
 import sys
 from pathlib import Path
 

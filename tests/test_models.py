@@ -1,70 +1,8 @@
-import copy
-
 import pytest
 import torch
 
 import models
 import plots
-import prune
-
-
-@pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch):
-    torch.manual_seed(0)
-    plain = models.build(arch, 10).double()
-    fast = models.speed_up_(models.trim_(copy.deepcopy(plain), 28))
-    images = torch.randn(6, 3, 28, 28, dtype=torch.double)
-    labels = torch.arange(6)
-    for model in (plain, fast):
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
-    torch.testing.assert_close(fast(images), plain(images))
-    trimmed = []
-    for (name, a), (_, b) in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
-        if b.shape == a.shape:
-            torch.testing.assert_close(b.grad, a.grad, msg=lambda m, name=name: f"{name}: {m}")
-        else:  # the gradient is whole, what was left out had none
-            trimmed.append(name)
-            torch.testing.assert_close(b.grad.norm(), a.grad.norm())
-            assert b.grad.count_nonzero() == a.grad.count_nonzero()
-    assert trimmed and all(name.startswith("layer4") for name in trimmed)
-
-
-@pytest.mark.parametrize("size", [20, 28, 32, 40, 65])
-def test_trimming_is_exact_for_any_image_size_and_can_be_undone(resnet18, size):
-    images = torch.randn(2, 3, size, size)
-    expected = resnet18.eval()(images)
-    state = resnet18.state_dict()
-    trimmed = models.trim_(copy.deepcopy(resnet18), size)
-    again = models.trim_(trimmed, size)
-    whole = models.untrimmed(trimmed)
-    assert {k: t.shape for k, t in whole.state_dict().items()} == {
-        k: t.shape for k, t in state.items()
-    }
-    for model in (trimmed, models.speed_up_(trimmed), whole, again):
-        torch.testing.assert_close(model.eval()(images), expected, atol=1e-4, rtol=1e-4)
-    live = prune.all_useful(resnet18, size, grey=False)
-    left = sum(weight.numel() for weight in prune.weights(trimmed).values())
-    assert left == sum(int(mask.sum()) for mask in live.values())
-    assert size != 28 or left < 0.4 * sum(mask.numel() for mask in live.values())
-    for name, weight in prune.weights(whole).items():
-        torch.testing.assert_close(weight, prune.weights(resnet18)[name] * live[name])
-
-
-@pytest.mark.parametrize(
-    ("size", "kernel", "stride", "padding", "taps"),
-    [(1, 3, 1, 1, (1, 2)), (2, 3, 2, 1, (1, 3)), (2, 3, 1, 1, (0, 3)), (28, 7, 2, 3, (0, 7))],
-)
-def test_live_taps(size, kernel, stride, padding, taps):
-    assert models.live_taps(size, kernel, stride, padding) == taps
-
-
-def test_fold_batchnorm_keeps_the_function(resnet18):
-    images = torch.randn(4, 3, 28, 28)
-    folded = models.fold_batchnorm(resnet18)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
-    expected = resnet18.eval()(images)
-    torch.testing.assert_close(folded(images), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(models.speed_up_(folded)(images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_normalize_gives_three_equal_channels_from_minus_one_to_one():

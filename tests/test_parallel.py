@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import checkpoint
-import models
+import parallel
 import train
 
 
@@ -61,7 +61,7 @@ def test_two_processes_follow_one_and_go_on_where_one_was_stopped(folder, tmp_pa
 
 
 def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(train, "processes", lambda: 3)
+    monkeypatch.setattr(parallel, "processes", lambda: 3)
     assert train.main(tiny) == 2
     assert "3 processes cannot share batches of 16 equally" in capsys.readouterr().err
 
@@ -70,7 +70,7 @@ def _batchnorm(rank, port, results):
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
     x = torch.randn(8, 3, 5, 5, dtype=torch.double) * 3 + 1
-    layer = models.synchronize_batchnorm_(torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double())
+    layer = parallel.synchronize_batchnorm_(torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double())
     mine = x[4 * rank : 4 * rank + 4].requires_grad_()
     out = layer(mine)
     (out**3).sum().backward()

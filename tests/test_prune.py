@@ -6,6 +6,7 @@ import torchinfo
 
 import models
 import prune
+import rewrite
 
 SIZE = 28
 
@@ -14,7 +15,7 @@ SIZE = 28
 def live(resnet18):
     """The model as pruning starts, and the masks of all weights that can matter."""
     prune.fold_equal_channels_(resnet18)
-    return models.speed_up_(resnet18), prune.all_useful(resnet18, SIZE, grey=True)
+    return rewrite.speed_up_(resnet18), prune.all_useful(resnet18, SIZE, grey=True)
 
 
 def torchinfo_count(model):

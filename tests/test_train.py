@@ -15,6 +15,7 @@ import models
 import plots
 import predict
 import prune
+import rewrite
 import train
 
 
@@ -101,7 +102,7 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
     torch.manual_seed(0)
     stage = train.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
     network = train.Network(models.build("resnet18", 10), stage, torch.device("cpu"), False, 28)
-    teacher = train.frozen(models.build("resnet18", 10), torch.device("cpu"), False, 28)
+    teacher = rewrite.frozen(models.build("resnet18", 10), torch.device("cpu"), False, 28)
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
 
     def steps():
@@ -281,13 +282,13 @@ def test_a_given_teacher_is_used_and_none_is_trained(tiny, folder, tmp_path, mon
     path = tmp_path / "resnet-50.pth"
     torch.save({"model_state_dict": state}, path)
     seen = []
-    frozen = train.frozen
+    frozen = rewrite.frozen
 
     def spy(model, *machine):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return frozen(model, *machine)
 
-    monkeypatch.setattr(train, "frozen", spy)
+    monkeypatch.setattr(rewrite, "frozen", spy)
     assert train.main([*tiny, "--teacher", str(path), "--full-train"]) == 0
     assert not (folder / "teacher.pth").exists()
     given = teacher.state_dict()
