@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,10 @@ from torchvision.transforms import v2
 import checkpoint
 import data
 import export
+import loop
 import models
 import prune
+import record
 import rewrite
 import sparse
 import train
@@ -164,60 +167,54 @@ def predict(weights: Path, source: data.Source, device: torch.device) -> Figures
 def training(source: data.Source, device: torch.device) -> Figures:
     """Seconds of one step of distillation while pruning: as train.py does it, the bare work of its
     networks on a batch that is there already, and the way such a loop is usually written."""
-    name = "full" if device.type == "cuda" else "cpu"
-    few = (16 if device.type == "cpu" else 200) * train.RECIPES[name].batch_size
-    with tempfile.TemporaryDirectory() as scratch:
-        run = train.Run(Path(scratch), name, {"seed": 0, "budget": 100_000})
-        run.prepare(device, source, full_train=False)
-    recipe, stage = run.recipe, run.recipe.pruned[-1]
-    images_u8, labels = run.train.images_u8[:few], run.train.labels[:few]
-    images = train.Images(images_u8, labels, recipe, 10)
+    recipe = train.RECIPES["cpu"]
+    stage, few = recipe.pruned[-1], (16 if device.type == "cpu" else 200) * recipe.batch_size
+    images, setup = train.prepare(source, replace(recipe, images=few), device)
 
     def batches() -> Iterable[tuple[Tensor, Tensor]]:
         return images.batches(torch.Generator(device).manual_seed(0))
 
     rates = [1e-3] * images.steps
 
-    plain_teacher = run.build("teacher").to(device).eval()
-    machine = device, run.bf16, source.image_size
-    teacher = rewrite.frozen(plain_teacher, *machine)
-    network = train.Network(run.build("student"), stage, *machine)
-    network.cut(run.budget, *run.kind, [])
-    bare = train.Network(run.build("student"), stage, *machine)
+    plain_teacher = models.build("resnet50", images.classes).to(device).eval()
+    teacher = setup.frozen(plain_teacher)
+    network = loop.Network(models.build("resnet18", images.classes), stage, setup)
+    network.cut(100_000, [])
+    bare = loop.Network(models.build("resnet18", images.classes), stage, setup)
     fixed, targets = next(iter(batches()))
 
     def ours() -> None:
-        progress = train.Progress(images.steps, images.classes, device)
-        train.train_epoch(network, batches(), teacher, rates, progress, run.stop)
+        progress = loop.Progress(images.steps, images.classes, device)
+        loop.train_epoch(network, batches(), teacher, rates, progress, loop.Stop())
 
     def only_networks() -> None:
         for _ in rates:
             with torch.no_grad():
                 teacher(fixed.to(teacher.fc.weight.dtype))
-            with bare.autocast():
+            with setup.autocast():
                 logits = bare.model(fixed)
             bare.optimizer.zero_grad()
             F.cross_entropy(logits.float(), targets).backward()
             bare.optimizer.step()
 
-    usual = UsualLoop(run, images_u8.cpu(), labels.cpu(), plain_teacher)
+    usual = UsualLoop(images, stage, device, plain_teacher)
     # The first two differ by a few percent, which takes more rounds to see.
     steps = alternate({"ours": ours, "bare": only_networks}, seconds=0, rounds=2 * ROUNDS)
     steps |= alternate({"usual": usual}, seconds=0)
     results = Figures()
-    for loop, seconds in steps.items():
-        results.add([1000 * s / images.steps for s in seconds], loop, digits=1)
+    for name, seconds in steps.items():
+        results.add([1000 * s / images.steps for s in seconds], name, digits=1)
     row = results.medians
     row["ours_over_bare"] = round(row["ours"] / row["bare"], 3)
     row["usual_over_ours"] = round(row["usual"] / row["ours"], 2)
-    row["peak_memory_mb"] = train.peak_memory_mb(device)
+    row["peak_memory_mb"] = models.peak_memory_mb(device)
     print(f"\n{'step of ' + str(recipe.batch_size) + ' images':36}{'ms':>8}")
-    for loop, title in (
+    for name, title in (
         ("ours", "train.py"),
         ("bare", "its networks alone, on a fixed batch"),
         ("usual", "PIL, DataLoader, fp32, eager"),
     ):
-        print(f"{title:36}{row[loop]:>8,.1f}")
+        print(f"{title:36}{row[name]:>8,.1f}")
     return results
 
 
@@ -225,14 +222,16 @@ class UsualLoop:
     """The same training as most people write it: PIL transforms in DataLoader workers, plain
     networks in fp32, masks from torch.nn.utils.prune, metrics read at each step."""
 
-    def __init__(self, run: train.Run, images_u8: Tensor, labels: Tensor, teacher: nn.Module):
-        recipe = run.recipe
-        self.device, self.stage, self.teacher = run.device, recipe.pruned[-1], teacher
+    def __init__(
+        self, images: loop.Images, stage: loop.Stage, device: torch.device, teacher: nn.Module
+    ):
+        recipe = images.recipe
+        self.device, self.stage, self.teacher = device, stage, teacher
         self.mixup = torch.distributions.Beta(recipe.mixup_alpha, recipe.mixup_alpha)
         transform = v2.Compose(
             [
                 v2.Grayscale(3),
-                v2.RandomResizedCrop(run.source.image_size, recipe.crop_scale),
+                v2.RandomResizedCrop(images.images_u8.shape[-1], recipe.crop_scale),
                 v2.RandomHorizontalFlip(),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
@@ -241,7 +240,7 @@ class UsualLoop:
         )
         samples = [
             (Image.fromarray(image.numpy()), int(label))
-            for image, label in zip(images_u8, labels, strict=True)
+            for image, label in zip(images.images_u8.cpu(), images.labels, strict=True)
         ]
         self.loader = DataLoader(
             samples,
@@ -252,12 +251,12 @@ class UsualLoop:
             persistent_workers=True,
             collate_fn=Collate(transform),
         )
-        model = run.build("student").to(run.device)
+        model = models.build("resnet18", images.classes).to(device)
         self.model = prune.masked(model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
-        self.accuracy = MulticlassAccuracy(10, average="micro").to(run.device)
+        self.accuracy = MulticlassAccuracy(10, average="micro").to(device)
 
     def __call__(self) -> None:
         self.model.train()
@@ -271,10 +270,10 @@ class UsualLoop:
                 teacher_logits = self.teacher(images)
             logits = self.model(images)
             kd = self.stage.kd_weight, self.stage.temperature
-            loss = train.distillation_loss(logits, teacher_logits, targets, *kd)
+            loss = loop.distillation_loss(logits, teacher_logits, targets, *kd)
             self.optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), train.CLIP)
+            nn.utils.clip_grad_norm_(self.model.parameters(), loop.CLIP)
             self.optimizer.step()
             loss.item(), self.accuracy(logits, labels).item()
 
@@ -345,9 +344,9 @@ def main(argv: list[str] | None = None) -> int:
     except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
-    machine = {"device": train.device_name(device), "threads": torch.get_num_threads()}
+    machine = {"device": models.device_name(device), "threads": torch.get_num_threads()}
     figures = {args.only: part.medians, "ranges": {args.only: part.ranges}}
-    print(json.dumps({**machine, "commit": train.commit(), **figures}), flush=True)
+    print(json.dumps({**machine, "commit": record.commit(), **figures}), flush=True)
     return 0
 
 

@@ -1,8 +1,39 @@
 """Several processes as one (torchrun): each has the whole batch and trains on a share of it."""
 
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+class ParallelError(Exception):
+    """The processes cannot work together; the message is one line for the user."""
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Within: the processes that torchrun started, if it did, work as one on "cuda" or the CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if processes() > 1:
+        dist.barrier()
 
 
 def processes() -> int:

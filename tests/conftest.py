@@ -17,6 +17,7 @@ import checkpoint
 import data
 import models
 import prune
+import record
 import train
 
 META = {"arch": "resnet18", "num_classes": 10, "budget": 100_000, "classes": list("abcdefghij")}
@@ -37,8 +38,8 @@ def tiny_data(tmp_path_factory) -> Path:
 def tiny(monkeypatch, tmp_path, tiny_data) -> list[str]:
     """train.main's flags for a run on the tiny images: every stage, a few steps, tmp_path/runs."""
     monkeypatch.setitem(train.RECIPES, "quick", shrunk.RECIPE)
-    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(train, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(record, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results.csv")
     monkeypatch.setattr(data, "VALIDATION", shrunk.VALIDATION)
     return ["--quick", "--device", "cpu", "--data", str(tiny_data)]
 

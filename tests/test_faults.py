@@ -11,6 +11,8 @@ import tiny as shrunk
 import torch
 
 import checkpoint
+import loop
+import record
 import train
 
 
@@ -40,15 +42,15 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(folder, expected):
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(tiny, tmp_path, monkeypatch, capsys):
-    path, before = tmp_path / train.STATE, tmp_path / train.STATE_BEFORE
+    path, before = tmp_path / record.STATE, tmp_path / record.STATE_BEFORE
     checkpoint.write(before, {"stage": "teacher", "rows": [], "minutes": 1.0})
     state = {"stage": "teacher", "rows": [], "minutes": 2.0, "network": torch.ones(9999)}
     checkpoint.write(path, state)
-    assert train.Run(tmp_path, "quick", {"seed": 0, "budget": 100_000}).minutes == 2.0
+    assert record.Run(tmp_path, {"seed": 0}).minutes == 2.0
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert train.Run(tmp_path, "quick", {"seed": 0, "budget": 100_000}).minutes == 1.0
+    assert record.Run(tmp_path, {"seed": 0}).minutes == 1.0
     assert "state.pt: cannot be loaded" in capsys.readouterr().err
 
 
@@ -82,20 +84,20 @@ def test_a_full_or_read_only_disk_ends_with_one_line_and_loses_nothing(
 
 
 def test_a_folder_that_vanishes_ends_with_one_line(tiny, tmp_path, monkeypatch, capsys):
-    save = train.Run.save_state
+    save = record.Run.save
 
     def vanish(self, *args):
         shutil.rmtree(self.folder)
         save(self, *args)
 
-    monkeypatch.setattr(train.Run, "save_state", vanish)
+    monkeypatch.setattr(record.Run, "save", vanish)
     assert train.main(tiny) == 2
     error = capsys.readouterr().err
     assert "No such file or directory" in error and error.count("\n") == 1
 
 
 def test_a_collapsed_network_is_called_out(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.Run, "validate", lambda self, model: 0.1)
+    monkeypatch.setattr(loop, "validate", lambda *args: 0.1)
     assert train.main(tiny) == 0
     collapsed = "has collapsed" in capsys.readouterr().err
     meta = checkpoint.load(tmp_path / "runs" / "quick-seed0" / "pruned_resnet18.pth")[1]

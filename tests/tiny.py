@@ -17,7 +17,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
+import loop
+import models
 import prune
+import record
 import train
 
 IDX = {
@@ -29,10 +32,10 @@ IDX = {
 VALIDATION = 40
 _kd = {"kd_weight": 0.9, "temperature": 4.0}
 _sgd = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
-RECIPE = train.Recipe(
-    teacher=train.Stage(1, learning_rate=1e-3),
-    student=train.Stage(1, **_sgd, **_kd),
-    pruned=2 * (train.Stage(2, **_sgd, **_kd, cuts=1),),
+RECIPE = loop.Recipe(
+    teacher=loop.Stage(1, learning_rate=1e-3),
+    student=loop.Stage(1, **_sgd, **_kd),
+    pruned=2 * (loop.Stage(2, **_sgd, **_kd, cuts=1),),
     images=64,
     batch_size=16,
 )
@@ -70,7 +73,7 @@ def _signal_at(moment: str, number: int) -> None:
     """Send this process a signal at the n-th "step", "write" or "rename"."""
     kind, n = moment.split()
     owner, name = {
-        "step": (train.Network, "step"),
+        "step": (loop.Network, "step"),
         "write": (os, "fsync"),
         "rename": (Path, "replace"),
     }[kind]
@@ -86,10 +89,10 @@ def _signal_at(moment: str, number: int) -> None:
 
 
 def _counted(fit):
-    """train.fit that says, in every process, how many parameters it left."""
+    """loop.fit that says, in every process, how many parameters it left."""
 
-    def counted(run, part, *args):
-        model = fit(run, part, *args)
+    def counted(part, *args, **options):
+        model = fit(part, *args, **options)
         if part.file == "pruned_resnet18.pth":
             print(f"{prune.count(model)} parameters left", file=sys.stderr)
         return model
@@ -100,13 +103,13 @@ def _counted(fit):
 def main() -> int:
     folder, flags = Path(sys.argv[1]), sys.argv[2:]
     train.RECIPES["quick"] = RECIPE
-    train.RUNS, train.RESULTS = folder / "runs", folder / "results.csv"
-    train.announce = lambda run: None  # its steps are not training steps
+    record.RUNS, record.RESULTS = folder / "runs", folder / "results.csv"
+    train.announce = lambda *args: None  # its steps are not training steps
     data.VALIDATION = VALIDATION
     if "FP32" in os.environ:
-        train.bf16_pays = lambda device: False
+        models.bf16_pays = lambda device: False
     if "RANK" in os.environ:  # under torchrun
-        train.fit = _counted(train.fit)
+        loop.fit = _counted(loop.fit)
     for name, number in (("DIE", signal.SIGKILL), ("STOP", signal.SIGTERM)):
         if moment := os.environ.get(name):
             _signal_at(moment, number)

@@ -1,0 +1,461 @@
+"""One training of one network: what it is, its loss, a step, an epoch, `fit`.
+
+Teacher, student and the rounds of pruning differ by arguments only. Nothing here knows of files: a
+training hands its state, and a row of figures for each epoch, to whoever called it.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torchmetrics.classification import MulticlassAccuracy
+from tqdm import tqdm
+
+import augment
+import models
+import parallel
+import prune
+import rewrite
+
+WARMUP = 0.1  # share of the steps in which the learning rate rises
+PLAIN = 0.25  # share of the epochs, the last: whole images, mirrored at random, but not mixed
+CLIP = 1.0  # largest norm of the gradient
+AVERAGE_EVERY, AVERAGE_DECAY = 16, 0.9  # steps; the average of weights looks back about 160 steps
+REFRESH = 8  # batches from which BatchNorm statistics are taken anew after a cut
+
+
+# --- what is trained, and on what ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of one network, in which the learning rate rises, then falls to 0."""
+
+    epochs: int
+    optimizer: str = "adamw"  # or "sgd", with Nesterov momentum 0.9
+    learning_rate: float = 2e-3  # at the peak
+    weight_decay: float = 0.05
+    kd_weight: float = 0.0  # of the distillation loss; the labels have the rest
+    temperature: float = 1.0
+    cuts: int = 0  # one before each of the first epochs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    teacher: Stage
+    student: Stage
+    pruned: tuple[Stage, ...]  # rounds of pruning, each from the network before it
+    budgets: tuple[int, ...] = ()  # what rounds end with; (): evenly, by their cuts, to --budget
+    images: int | None = None  # of the training set; None: all
+    batch_size: int = 256
+    crop_scale: tuple[float, float] = (0.85, 1.0)  # share of the image's area
+    flip: bool = True
+    mixup_alpha: float = 0.1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training of a run: the stage `teacher`, `student`, or a round of `pruned`."""
+
+    name: str
+    stage: Stage
+    number: int  # in the run, from 0
+    file: str
+    cuts: tuple[int, ...] = ()  # the budgets that the first epochs begin with
+    round: int = 1
+    rounds: int = 1
+
+    @property
+    def title(self) -> str:
+        return self.name if self.rounds == 1 else f"{self.name} {self.round}/{self.rounds}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all trainings of a run share: where they compute, and for which images."""
+
+    device: torch.device
+    bf16: bool
+    image_size: int
+    grey: bool
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        """A copy for fast forward passes only, see `rewrite.frozen`."""
+        return rewrite.frozen(model, self.device, self.bf16, self.image_size)
+
+
+class Images:
+    """The resident images of a run, and the batches that training sees of them.
+
+    `images_u8` as in `models.normalize`, `labels` int64 (N,); `val` such a pair, or None.
+    """
+
+    def __init__(
+        self,
+        images_u8: Tensor,
+        labels: Tensor,
+        classes: int,
+        recipe: Recipe,
+        val: tuple[Tensor, Tensor] | None = None,
+    ):
+        self.images_u8, self.labels, self.classes = images_u8, labels, classes
+        self.recipe, self.val = recipe, val
+        self.batch_size = min(recipe.batch_size, len(labels))
+        self.steps = len(labels) // self.batch_size
+
+    def epoch(
+        self, epoch: int, epochs: int, generator: Generator
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """The batches of one of `epochs`, of which the last see whole images."""
+        return self.batches(generator, plain=epoch >= (1 - PLAIN) * epochs)
+
+    def batches(self, generator: Generator, plain: bool = False) -> Iterable[tuple[Tensor, Tensor]]:
+        """One epoch of (images, targets): cropped and mixed unless `plain`, for the networks."""
+        recipe = self.recipe
+        scale, alpha = ((1.0, 1.0), 0.0) if plain else (recipe.crop_scale, recipe.mixup_alpha)
+        for index in augment.batches(len(self.labels), self.batch_size, generator):
+            images = augment.random_resized_crop(
+                self.images_u8[index], generator, scale, flip=recipe.flip
+            )
+            targets = F.one_hot(self.labels[index], self.classes).float()
+            images, targets = augment.mixup(images, targets, alpha, generator)
+            yield models.normalize(images), targets
+
+
+# --- one step -----------------------------------------------------------------------------------
+
+
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, kd_weight: float, temperature: float
+) -> Tensor:
+    """kd_weight * T^2 * KL(teacher || student at temperature T) + (1 - kd_weight) * cross-entropy.
+
+    Hinton et al., arXiv 1503.02531; the mean is over the batch. All (N, classes) float; `targets`
+    are probabilities.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(logits / temperature, 1),
+        F.log_softmax(teacher_logits / temperature, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    labels = F.cross_entropy(logits, targets)
+    return kd_weight * temperature**2 * divergence + (1 - kd_weight) * labels
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """A linear rise over the first tenth of the steps, then half a cosine down to 0."""
+    rise = min(1.0, (step + 1) / (WARMUP * steps))
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))
+
+
+class Network:
+    """A network in training, with all that a step changes: what a checkpoint must hold."""
+
+    def __init__(self, model: nn.Module, stage: Stage, setup: Setup):
+        self.stage, self.setup = stage, setup
+        model = rewrite.speed_up_(rewrite.trim_(model, setup.image_size))
+        self.model = model.to(setup.device, memory_format=torch.channels_last)
+        self.trained = self.model
+        if parallel.processes() > 1:
+            parallel.synchronize_batchnorm_(self.model)
+            self.trained = DistributedDataParallel(self.model)
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
+        )
+        self.masks: prune.Masks | None = None
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[stage.optimizer]
+        extra = {"momentum": 0.9, "nesterov": True} if stage.optimizer == "sgd" else {}
+        self.optimizer = kind(
+            self.model.parameters(),
+            lr=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+            fused=setup.device.type in ("cpu", "cuda"),
+            **extra,
+        )
+
+    def set_masks(self, masks: prune.Masks) -> None:
+        """From now on, only these weights are not zero, in the average as well."""
+        self.masks = masks
+        weights = prune.weights(self.model)
+        self._masked = [(weights[name], mask.to(weights[name])) for name, mask in masks.items()]
+        prune.apply_(self.model, masks)
+        prune.apply_(self.average.module, masks)
+
+    def cut(self, budget: int, images: Iterable[Tensor]) -> None:
+        """Prune to `budget`, refresh BatchNorm's statistics on `images`, restart the average."""
+        masks, kind = self.masks, (self.setup.image_size, self.setup.grey)
+        if masks is None:
+            if self.setup.grey:
+                prune.fold_equal_channels_(self.model)
+            masks = prune.all_useful(self.model, *kind)
+        self.set_masks(prune.choose(self.model, masks, budget, *kind))
+        with self.setup.autocast():
+            update_bn(images, self.model)
+        self.average.n_averaged.zero_()
+        self.average.update_parameters(self.model)
+
+    def step(self, images: Tensor, targets: Tensor, teacher: nn.Module | None, rate: float):
+        """One update; returns loss and logits, without waiting for the device.
+
+        All processes are given the same batch, and each takes its share.
+        """
+        stage = self.stage
+        images, targets = parallel.share(images), parallel.share(targets)
+        with self.setup.autocast():
+            logits = self.trained(images)
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_logits = teacher(images.to(teacher.fc.weight.dtype))
+        if teacher is None:
+            loss = F.cross_entropy(logits.float(), targets)
+        else:
+            loss = distillation_loss(
+                logits.float(), teacher_logits.float(), targets, stage.kd_weight, stage.temperature
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.masks is not None:  # momentum and weight decay must not revive what was pruned
+            with torch.no_grad():
+                for weight, mask in self._masked:
+                    weight.mul_(mask)
+        return loss.detach(), logits.detach()
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "masks": self.masks,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["masks"] is not None:
+            self.set_masks(
+                {name: mask.to(self.setup.device) for name, mask in state["masks"].items()}
+            )
+
+
+# --- one training -------------------------------------------------------------------------------
+
+
+class Stop:
+    """Within: Ctrl-C and SIGTERM only set `asked`, so that the step can be finished and saved.
+
+    A second one stops at once, as does the first if several processes would have to agree.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.handlers: dict = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if parallel.processes() == 1 and signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """How far an epoch is: steps done, their losses, and the accuracy, which stay on the device."""
+
+    def __init__(self, steps: int, classes: int, device: torch.device):
+        self.step = 0
+        self.losses = torch.zeros(steps, device=device)
+        self.accuracy = MulticlassAccuracy(
+            classes, average="micro", validate_args=False, sync_on_compute=False
+        ).to(device)
+        self.accuracy.persistent(True)
+
+    def state_dict(self) -> dict:
+        accuracy = self.accuracy.state_dict()
+        return {"step": self.step, "losses": self.losses, "accuracy": accuracy}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        self.losses.copy_(state["losses"])
+        self.accuracy.load_state_dict(state["accuracy"])
+
+    def result(self) -> tuple[Tensor, float]:
+        """Losses of all steps (steps,), on the CPU, and accuracy, over all processes."""
+        if parallel.processes() > 1:
+            dist.all_reduce(self.losses)
+            self.losses /= parallel.processes()
+            self.accuracy.sync()
+        return self.losses.cpu(), self.accuracy.compute().item()
+
+
+def train_epoch(
+    network: Network,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    teacher: nn.Module | None,
+    rates: list[float],
+    progress: Progress,
+    stop: Stop,
+    title: str = "",
+) -> None:
+    """One pass over `batches` of images and targets, with a learning rate for each step.
+
+    Goes on after `progress.step` steps (batches before are drawn again and left out), and returns
+    before the end if it is asked to. Under mixup an answer is right if it is the class with the
+    larger share. The bar, if there is a terminal, reads loss and accuracy ten times.
+    """
+    network.model.train()
+    hidden = True if parallel.process() else None  # None: unless there is a terminal
+    bar = tqdm(batches, title, len(rates), leave=False, disable=hidden)
+    for step, (images, targets) in enumerate(bar):
+        if step < progress.step:
+            continue
+        if stop.asked:
+            bar.close()
+            return
+        loss, logits = network.step(images, targets, teacher, rates[step])
+        progress.losses[step] = loss
+        progress.accuracy.update(logits, parallel.share(targets).argmax(1))
+        progress.step = done = step + 1
+        if done % AVERAGE_EVERY == 0:
+            network.average.update_parameters(network.model)
+        if not bar.disable and done % (len(rates) // 10 + 1) == 0 and done < len(rates):
+            mean, right = progress.losses[:done].mean().item(), progress.accuracy.compute().item()
+            bar.set_postfix_str(f"loss {mean:.3f} accuracy {right:.1%}")
+    if network.masks is not None:
+        network.set_masks(network.masks)  # a kept weight that just is 0.0 would be miscounted
+
+
+def fit(
+    part: Part,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    images: Images,
+    setup: Setup,
+    *,
+    seed: int,
+    saved: dict | None = None,
+    save: Callable[[dict, dict | None], None] = lambda state, row: None,
+    stop: Stop | None = None,
+) -> nn.Module:
+    """Train `model`; returns a copy with the weights that validation chose.
+
+    After each epoch `save` is called with all that the next one needs and a row of figures; `saved`
+    is such a state to go on from. Each epoch draws from a generator of its own, seeded by run, part
+    and epoch, so that it can be repeated. If `stop` is asked for, the step is finished, `save`
+    called without a row, and KeyboardInterrupt raised. Raises ArithmeticError if the loss is not
+    finite.
+    """
+    stop = stop or Stop()
+    stage, steps = part.stage, images.steps
+    network = Network(model, stage, setup)
+    first, within, best = 0, None, {"score": -1.0}
+    if saved is not None:
+        network.load_state_dict(saved["network"])
+        first, within, best = saved["epoch"], saved["progress"], saved["best"]
+        parallel.say(
+            f"{part.title}: going on after {first} epochs{' and a part' if within else ''}"
+        )
+
+    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+        generator = Generator(setup.device)
+        generator.manual_seed((seed * 100 + part.number) * 100_000 + epoch)
+        return images.epoch(epoch, stage.epochs, generator)
+
+    def state(epoch: int, progress: Progress | None = None) -> dict:
+        return {
+            "epoch": epoch,
+            "network": network.state_dict(),
+            "best": best,
+            "progress": None if progress is None else progress.state_dict(),
+        }
+
+    for epoch in range(first, stage.epochs):
+        began = time.perf_counter()
+        progress = Progress(steps, images.classes, setup.device)
+        if within:
+            progress.load_state_dict(within)
+            within = None
+        elif epoch < len(part.cuts):
+            few = zip(range(REFRESH), batches(epoch), strict=False)
+            network.cut(part.cuts[epoch], [images for _, (images, _) in few])
+        rates = [
+            learning_rate(epoch * steps + step, stage.epochs * steps, stage.learning_rate)
+            for step in range(steps)
+        ]
+        title = f"{part.title}, {epoch + 1}/{stage.epochs}"
+        train_epoch(network, batches(epoch), teacher, rates, progress, stop, title)
+        if progress.step < steps:
+            save(state(epoch, progress), None)
+            raise KeyboardInterrupt
+        losses, accuracy = progress.result()
+        if len(bad := losses.isfinite().logical_not().nonzero()):
+            raise ArithmeticError(
+                f"stage {part.title}, epoch {epoch + 1}, step {bad[0].item() + 1}: the loss is "
+                f"{losses[bad[0]].item()}"
+            )
+
+        val, val_average = (
+            validate(m, images.val, setup) for m in (network.model, network.average.module)
+        )
+        # Without validation images the schedule decides: the average after the last epoch.
+        averaged = val is None or val_average >= val
+        score = float(epoch) if val is None else max(val, val_average)
+        if epoch + 1 >= len(part.cuts) and score > best["score"]:
+            chosen = network.average.module if averaged else network.model
+            weights = {k: v.clone() for k, v in chosen.state_dict().items()}
+            best = {"score": score, "epoch": epoch + 1, "averaged": averaged, "model": weights}
+        parameters, seconds = prune.count(network.model), time.perf_counter() - began
+        row = {
+            "stage": part.name,
+            "round": part.round,
+            "epoch": epoch + 1,
+            "parameters": parameters,
+            "loss": round(losses.mean().item(), 5),
+            "train_accuracy": round(accuracy, 5),
+            "val_accuracy": "" if val is None else round(val, 5),
+            "val_accuracy_average": "" if val is None else round(val_average, 5),
+            "learning_rate": float(f"{rates[-1]:.3g}"),
+            "seconds": round(seconds, 1),
+        }
+        save(state(epoch + 1), row)
+        shown = "" if val is None else f"  val {val:.2%}  averaged {val_average:.2%}"
+        parallel.say(
+            f"{part.title:11}{epoch + 1:4}/{stage.epochs}  {parameters:>10,} parameters  "
+            f"loss {losses.mean().item():.4f}{shown}  {seconds:.0f} s"
+        )
+        if stop.asked:
+            raise KeyboardInterrupt
+    network.model.load_state_dict(best["model"])
+    return rewrite.untrimmed(network.model)
+
+
+def validate(model: nn.Module, val: tuple[Tensor, Tensor] | None, setup: Setup) -> float | None:
+    """Accuracy on (images, labels) in the precision of training; None without images."""
+    if val is None:
+        return None
+    images_u8, labels = val
+    return models.accuracy(models.infer(setup.frozen(model), images_u8), labels)

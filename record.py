@@ -1,0 +1,194 @@
+"""The folder of a run: settings, state, record, results, report, lock.
+
+It knows files, neither devices nor images.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+import checkpoint
+import parallel
+from loop import Part
+
+STATE, STATE_BEFORE = "state.pt", "state-before.pt"
+HERE = Path(__file__).resolve().parent
+RUNS = HERE / "runs"
+RESULTS = HERE / "results.csv"
+
+
+class UsageError(Exception):
+    """Something the user asked for cannot be done; the message is one line."""
+
+
+class Run:
+    """What was asked for, how far it is, what it leaves."""
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
+        self.record = self._open()
+        self._state = self._read_state()
+        self.rows: list[dict] = self._state.get("rows", [])
+        self.minutes: float = self._state.get("minutes", 0.0)
+        self._clock = time.perf_counter()
+
+    def _open(self) -> dict:
+        """Create the folder, or go on with what is there if the settings are the same."""
+        record = self.folder / "run.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            known = json.loads(record.read_text()) if record.exists() else None
+            if known is None:
+                known = {"name": self.folder.name, "settings": self.settings}
+                checkpoint.write(record, json.dumps(known, indent=2))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.folder}: cannot be used for the run ({error})") from None
+        wanted = self.settings
+        if differing := [key for key in wanted if known["settings"].get(key) != wanted[key]]:
+            raise UsageError(
+                f"{self.folder} holds a run with other settings ({', '.join(differing)}); "
+                "choose another --name, or the settings it was started with"
+            )
+        return known
+
+    def _read_state(self) -> dict:
+        """The newest state that can be read; {} if there is none."""
+        for name in (STATE, STATE_BEFORE):
+            path = self.folder / name
+            try:
+                if path.exists():
+                    return checkpoint.read(path)
+            except checkpoint.CheckpointError as error:
+                print(f"train.py: warning: {error}; going on from the one before", file=sys.stderr)
+                if parallel.process() == 0:
+                    path.unlink()  # it must not become the one before
+        return {}
+
+    @property
+    def finished(self) -> bool:
+        return "stages" in self.record
+
+    def path(self, part: Part) -> Path:
+        """The file of a finished part."""
+        return self.folder / part.file
+
+    def epochs_done(self, part: Part) -> int:
+        """How many epochs of `part` need not be trained any more."""
+        if self.path(part).exists():
+            return part.stage.epochs
+        return state["epoch"] if (state := self.saved(part)) else 0
+
+    def saved(self, part: Part) -> dict | None:
+        """What `save` was given last for `part`, if that is where the run stopped."""
+        return self._state if self._state.get("part") == part.number else None
+
+    def save(self, part: Part, state: dict, row: dict | None) -> None:
+        """Write the `state` of a part, keeping the one before, and metrics.csv with its new row."""
+        if row is not None:
+            self.rows.append(row)
+        if parallel.process() > 0:
+            return
+        now = time.perf_counter()
+        self.minutes += (now - self._clock) / 60
+        self._clock = now
+        state = {"part": part.number, **state, "rows": self.rows, "minutes": self.minutes}
+        if (self.folder / STATE).exists():
+            (self.folder / STATE).replace(self.folder / STATE_BEFORE)
+        checkpoint.write(self.folder / STATE, state)
+        if self.rows:
+            checkpoint.write(self.folder / "metrics.csv", _csv(self.rows))
+
+    def minutes_of(self, part: Part) -> float:
+        """Minutes that the epochs of `part` took."""
+        of = [
+            r["seconds"] for r in self.rows if (r["stage"], r["round"]) == (part.name, part.round)
+        ]
+        return round(sum(of) / 60, 1)
+
+    def finish(self, record: dict) -> None:
+        """Write the record, and remove the states: all they held is in the other files now."""
+        self.record |= {**record, "minutes": round(self.minutes, 1), "commit": commit()}
+        checkpoint.write(self.folder / "run.json", json.dumps(self.record, indent=2))
+        for name in (STATE, STATE_BEFORE):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def report(self) -> None:
+        """The table at the end."""
+
+        def percent(share: float | None) -> str:
+            return "-" if share is None else f"{share:.2%}"
+
+        columns = f"{'parameters':>12}{'val':>9}{'test':>9}{'minutes':>9}{'kB':>9}"
+        print(f"\n{'stage':11}{columns}  file")
+        for row in self.record["stages"]:
+            print(
+                f"{row['stage']:11}{row['parameters']:>12,}{percent(row['val_accuracy']):>9}"
+                f"{percent(row['test_accuracy']):>9}{row['minutes']:>9.1f}{row['kilobytes']:>9,}"
+                f"  {row['file']}"
+            )
+        print(f"{self.record['minutes']:.0f} minutes; everything is in {self.folder}")
+        val, chance = self.record["stages"][-1]["val_accuracy"], 1 / self.record["classes"]
+        if val is not None and val < 2 * chance and chance < 0.3:
+            print(
+                f"train.py: warning: the pruned network has collapsed, its accuracy is near chance "
+                f"({chance:.0%}); a larger --budget or a longer recipe may help",
+                file=sys.stderr,
+            )
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Raises UsageError if another process is training the run in `folder`."""
+    held = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UsageError(f"{folder}: another process is training this run") from None
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be used for the run ({error})") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def add_results(rows: list[dict]) -> None:
+    """Add rows to the table of results."""
+    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    checkpoint.write(RESULTS, _csv([*old, *rows]))
+
+
+def _csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    columns = dict.fromkeys(column for row in rows for column in row)  # older rows may have others
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def commit() -> str:
+    """The commit of this checkout, "+" behind it if files differ from it; "" outside of git.
+
+    results.csv, to which a run adds its rows, may differ.
+    """
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
+
+    try:
+        name = git("describe", "--always", "--exclude=*").stdout.strip()
+        differs = git("diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS.name}").returncode
+    except OSError:
+        return ""
+    return f"{name}+" if name and differs else name

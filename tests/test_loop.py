@@ -1,0 +1,134 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator
+
+import data
+import loop
+import models
+import prune
+import train
+
+SETUP = loop.Setup(torch.device("cpu"), bf16=False, image_size=28, grey=True)
+
+
+def test_the_distillation_loss_is_its_formula():
+    generator = Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 10, generator=generator, dtype=torch.double)
+    targets = torch.rand(6, 10, generator=generator, dtype=torch.double).softmax(1)
+    weight, temperature = 0.7, 3.0
+    expected = 0.0
+    for s, t, y in zip(student, teacher, targets, strict=True):
+        p, q = (t / temperature).softmax(0), (s / temperature).softmax(0)
+        divergence = (p * (p / q).log()).sum()
+        labels = -(y * s.softmax(0).log()).sum()
+        expected += weight * temperature**2 * divergence + (1 - weight) * labels
+    loss = loop.distillation_loss(student, teacher, targets, weight, temperature)
+    torch.testing.assert_close(loss, expected / 6)
+    equal = loop.distillation_loss(teacher, teacher, targets, 1.0, temperature)
+    torch.testing.assert_close(equal, torch.zeros_like(equal))
+
+
+def test_the_learning_rate_rises_for_a_tenth_and_ends_at_zero():
+    rates = [loop.learning_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[:9] == sorted(rates[:9]) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0.09 < max(rates) <= 0.1 and rates[-1] == pytest.approx(0)
+
+
+def test_the_last_epochs_see_whole_images():
+    generator = Generator().manual_seed(0)
+    images_u8 = torch.randint(0, 256, (300, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (300,), generator=generator)
+    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=100)
+    images = loop.Images(images_u8, labels, 10, recipe)
+    whole = models.normalize(images_u8).flatten(1)
+    mirrored = models.normalize(images_u8.flip(2)).flatten(1)
+    known = torch.cat([whole, mirrored])
+    for epoch in range(7):
+        seen, plain = [], epoch == 6
+        for batch, targets in images.epoch(epoch, 7, generator):
+            distance, nearest = torch.cdist(batch.flatten(1), known, p=1).min(1)
+            assert (distance.max() < 1e-2) == plain
+            if plain:
+                torch.testing.assert_close(targets.argmax(1), labels[nearest % 300])
+                assert targets.max(1).values.eq(1).all()
+                seen += nearest.tolist()
+        if plain:
+            assert sorted(n % 300 for n in seen) == list(range(300))
+            assert 100 < sum(n < 300 for n in seen) < 200
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer):
+    torch.manual_seed(0)
+    stage = loop.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
+    network = loop.Network(models.build("resnet18", 10), stage, SETUP)
+    teacher = SETUP.frozen(models.build("resnet18", 10))
+    images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
+
+    def steps():
+        network.model.train()
+        for _ in range(3):
+            network.step(images, targets, teacher, rate=0.01)
+            network.average.update_parameters(network.model)
+
+    steps()  # fills the momenta of weights that are pruned next
+    for budget in (1_000_000, 100_000):
+        network.cut(budget, [images])
+        before = prune.weights(network.model)["layer1.0.conv1.weight"].clone()
+        steps()
+        after = prune.weights(network.model)["layer1.0.conv1.weight"]
+        assert not torch.equal(before, after)
+        assert prune.count(network.model) == prune.count(network.average.module) == budget
+        for model in (network.model, network.average.module):
+            for name, weight in prune.weights(model).items():
+                assert not weight[~network.masks[name]].any()
+
+
+def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given():
+    torch.manual_seed(0)
+    stage = loop.Stage(1)
+    network = loop.Network(models.build("resnet18", 10), stage, SETUP)
+    images = torch.randn(4, 1, 28, 28).expand(-1, 3, -1, -1)
+    network.cut(100_000, [images])
+    out = network.model.conv1(images)
+    torch.testing.assert_close(network.model.bn1.running_mean, out.mean((0, 2, 3)))
+    torch.testing.assert_close(network.average.module.bn1.running_mean, out.mean((0, 2, 3)))
+
+
+def test_the_loop_learns(tiny, tiny_data, tmp_path):
+    """The real loop brings a network from chance to order on images with an easy pattern."""
+    recipe = replace(
+        train.RECIPES["quick"],
+        teacher=loop.Stage(6),
+        images=None,
+        mixup_alpha=0.0,
+        flip=False,
+    )
+    train.RECIPES["quick"] = recipe  # restored by the fixture
+    images, setup = train.prepare(data.find(tiny_data), recipe, torch.device("cpu"))
+    torch.manual_seed(0)
+    part, rows = loop.Part("teacher", recipe.teacher, 0, "teacher.pth"), []
+    model = loop.fit(
+        part,
+        models.build("resnet18", 10),
+        None,
+        images,
+        setup,
+        seed=0,
+        save=lambda state, row: rows.append(row),
+    )
+    assert models.accuracy(models.infer(model, images.val[0]), images.val[1]) > 0.6
+    losses = [row["loss"] for row in rows]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
+    stage = loop.Stage(1)
+    torch.manual_seed(0)
+    network = loop.Network(models.build("resnet18", 10), stage, SETUP)
+    images, targets = torch.randn(4, 3, 28, 28), torch.rand(4, 10).softmax(1)
+    loss, logits = network.step(images, targets, None, rate=0.0)
+    torch.testing.assert_close(loss, -(targets * F.log_softmax(logits, 1)).sum(1).mean())
