@@ -15,6 +15,7 @@ import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it s
 import argparse
 import contextlib
 import functools
+import hashlib
 import platform
 import signal
 import sys
@@ -125,6 +126,12 @@ def build(stage: str, settings: dict, classes: int) -> nn.Module:
     return models.build(arch, classes, imagenet, settings["stem"])
 
 
+def given_teacher(run: Run) -> Path | None:
+    """The file of --teacher."""
+    given = run.settings["teacher"]
+    return Path(given["file"]) if given else None
+
+
 def train(
     run: Run, parts: list[Part], images: loop.Images, setup: Setup, source: data.Source, stop: Stop
 ) -> None:
@@ -135,7 +142,7 @@ def train(
         path = run.path(part)
         if not path.exists():
             if part.name != "teacher" and teacher is None:
-                teacher, _ = checkpoint.load(run.settings["teacher"] or run.folder / "teacher.pth")
+                teacher, _ = checkpoint.load(given_teacher(run) or run.folder / "teacher.pth")
                 teacher = setup.frozen(teacher)
             if part.name == "pruned":
                 model, _ = checkpoint.load(before)
@@ -186,8 +193,8 @@ def finish(
 ) -> None:
     """Read the files that the run wrote, measure test, and write summary, pictures and record."""
     test = data.load(source, "test") if data.has(source, "test") else None
-    given = run.settings["teacher"]
-    files = [("teacher", Path(given), 0.0)] if given else []
+    given = given_teacher(run)
+    files = [("teacher", given, 0.0)] if given else []
     files += [(part.title, run.path(part), run.minutes_of(part)) for part in parts]
     stages = []
     for title, path, minutes in files:
@@ -204,20 +211,17 @@ def finish(
                 "minutes": minutes,
             }
         )
+    if test is None and images.val is not None:
+        logits = models.infer(model, images.val[0])
     size = source.image_size
     summary = torchinfo.summary(prune.masked(model.cpu()), (1, 3, size, size), verbose=0)
     checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
-    if test is None and (shown := images.val) is not None:
-        logits = models.infer(model, shown[0])
-    pictures(run.folder, model, source, test or images.val, logits)
     run.finish(
         {
             "stages": stages,
             "classes": len(source.classes),
             "torchinfo_total_params": summary.total_params,
             "device": models.device_name(setup.device),
-            "bf16": setup.bf16,
-            "processes": parallel.processes(),
             "peak_memory_mb": models.peak_memory_mb(setup.device),
             "versions": {
                 "python": platform.python_version(),
@@ -229,6 +233,7 @@ def finish(
     recipe_name = run.settings["recipe_name"]
     if recipe_name != "quick" and source.name == "fashion-mnist":
         record.add_results(result_rows(run, stages, all_rounds=bool(RECIPES[recipe_name].budgets)))
+    pictures(run.folder, model, source, test or images.val, logits)
 
 
 def pictures(
@@ -238,17 +243,26 @@ def pictures(
     shown: tuple[Tensor, Tensor] | None,
     logits: Tensor | None,
 ) -> None:
-    """Curves, layers and, of the images `shown` with these `logits`, confusion and mistakes."""
-    checkpoint.write(folder / "curves.png", plots.curves(folder / "metrics.csv"))
+    """Curves, layers and, of the images `shown` with these `logits`, confusion and mistakes.
+
+    After the record: what cannot be drawn is said, and keeps no run from its end.
+    """
     live = prune.all_useful(model, source.image_size, source.grey)
     kept = {name: int(w.count_nonzero()) for name, w in prune.weights(model).items()}
     could = {name: int(mask.sum()) for name, mask in live.items()}
-    checkpoint.write(folder / "layers.png", plots.layers(kept, could))
+    drawings = {
+        "curves": functools.partial(plots.curves, folder / "metrics.csv"),
+        "layers": functools.partial(plots.layers, kept, could),
+    }
     if shown is not None:
-        images_u8, labels, probs = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1)
-        for name, picture in (("confusion", plots.confusion), ("mistakes", plots.mistakes)):
-            png = picture(images_u8, labels, probs, source.classes)
-            checkpoint.write(folder / f"{name}.png", png)
+        answers = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1), source.classes
+        drawings["confusion"] = functools.partial(plots.confusion, *answers)
+        drawings["mistakes"] = functools.partial(plots.mistakes, *answers)
+    for name, draw in drawings.items():
+        try:
+            checkpoint.write(folder / f"{name}.png", draw())
+        except Exception as error:  # whatever a picture fails on
+            print(f"train.py: warning: {name}.png could not be drawn ({error})", file=sys.stderr)
 
 
 def result_rows(run: Run, stages: list[dict], all_rounds: bool) -> list[dict]:
@@ -301,7 +315,7 @@ def announce(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> 
 def measure(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> dict[str, float]:
     """Seconds that a training step takes in each stage, on networks thrown away."""
     seconds = {}
-    given, classes = run.settings["teacher"], images.classes
+    given, classes = given_teacher(run), images.classes
     teacher = checkpoint.load(given)[0] if given else build("teacher", run.settings, classes)
     teacher = setup.frozen(teacher)
     for part in parts:
@@ -386,14 +400,19 @@ def start(args: argparse.Namespace) -> None:
     if parallel.process() > 0:
         parallel.wait()  # until process 0 has the folder
     with record.lock(record.RUNS / name) if parallel.process() == 0 else contextlib.nullcontext():
-        run = Run(record.RUNS / name, settings)
+        recipe = RECIPES[args.recipe]
+        images, setup = prepare(source, recipe, device, args.full_train)
+        machine = {
+            "threads": torch.get_num_threads(),
+            "bf16": setup.bf16,
+            "processes": parallel.processes(),
+        }
+        run = Run(record.RUNS / name, settings, machine)
         if parallel.process() == 0:
             parallel.wait()
         if run.finished:
             parallel.say(f"{run.folder}: this run is finished; --name or --seed starts another")
         else:
-            recipe = RECIPES[args.recipe]
-            images, setup = prepare(source, recipe, device, args.full_train)
             student = models.build("resnet18", images.classes, stem=args.stem)
             _, largest = prune.budget_range(student, setup.image_size, setup.grey)
             parts = plan(recipe, largest, settings["budget"])
@@ -436,8 +455,11 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
             f"--budget {budgets[-1]:,}: possible are {smallest:,} (BatchNorm, biases, and "
             f"the floors of all layers) to {largest:,} (all weights that can matter)"
         )
+    teacher = None
     if args.teacher is not None:
         _, meta = checkpoint.load(args.teacher)
+        sha256 = hashlib.sha256(args.teacher.read_bytes()).hexdigest()
+        teacher = {"file": str(args.teacher.resolve()), "sha256": sha256}
         if meta["num_classes"] != classes:
             raise UsageError(
                 f"{args.teacher}: has {meta['num_classes']} classes, the images have {classes}"
@@ -452,11 +474,14 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
         "stem": args.stem,
         "seed": args.seed,
         "budget": budgets[-1],
-        "teacher": None if args.teacher is None else str(args.teacher.resolve()),
+        "teacher": teacher,
         "imagenet": args.imagenet,
         "full_train": args.full_train,
         "dataset": source.name if source.name != "folder" else str(source.path.resolve()),
         "image_size": source.image_size,
+        "grey": source.grey,
+        "classes": list(source.classes),
+        "files": data.digest(source),
     }
 
 
