@@ -117,7 +117,7 @@ class Run:
             (self.folder / STATE).replace(self.folder / STATE_BEFORE)
         checkpoint.write(self.folder / STATE, state)
         if self.rows:
-            checkpoint.write(self.folder / "metrics.csv", _csv(self.rows))
+            checkpoint.write(self.folder / "metrics.csv", to_csv(self.rows))
 
     def minutes_of(self, part: Part) -> float:
         """Minutes that the epochs of `part` took."""
@@ -192,10 +192,11 @@ def lock(folder: Path) -> Iterator[None]:
 def add_results(rows: list[dict]) -> None:
     """Add rows to the table of this machine's results, which git ignores."""
     old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    checkpoint.write(RESULTS, _csv([*old, *rows]))
+    checkpoint.write(RESULTS, to_csv([*old, *rows]))
 
 
-def _csv(rows: list[dict]) -> str:
+def to_csv(rows: list[dict]) -> str:
+    """Rows as CSV, with every column that one of them has."""
     text = io.StringIO()
     columns = dict.fromkeys(column for row in rows for column in row)  # older rows may have others
     writer = csv.DictWriter(text, columns, lineterminator="\n")
