@@ -32,30 +32,36 @@ class UsageError(Exception):
 class Run:
     """What was asked for, how far it is, what it leaves.
 
-    `settings` decide what is trained: a run only goes on with the same. `machine` (threads,
-    precision, ...) decides how it is rounded: a run that goes on with another is warned of. Raises
+    `settings` decide what is trained: a run only goes on with the same. `machine` (threads, ...)
+    decides how it is rounded: a run that goes on with another is warned of. Raises
     UsageError if the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, settings: dict, machine: dict | None = None):
+    def __init__(self, folder: Path, settings: dict, machine: dict, bf16: bool):
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
-        self.record = self._open(machine or {})
+        self.record = self._open(machine, bf16)
         self._state = self._read_state()
         self.rows: list[dict] = self._state.get("rows", [])
         self.minutes: float = self._state.get("minutes", 0.0)
         self._clock = time.perf_counter()
 
-    def _open(self, machine: dict) -> dict:
+    def _open(self, machine: dict, bf16: bool) -> dict:
         """Create the folder, or go on with what is there if the settings are the same."""
         record = self.folder / "run.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = json.loads(record.read_text()) if record.exists() else None
             if known is None:
-                known = {"name": self.folder.name, "settings": self.settings, "machine": machine}
+                known = {
+                    "name": self.folder.name,
+                    "settings": self.settings,
+                    "machine": machine,
+                    "bf16": bf16,
+                }
                 checkpoint.write(record, json.dumps(known, indent=2))
-            if not isinstance(known, dict) or not isinstance(known.get("settings"), dict):
+            parts = ("settings", "machine") if isinstance(known, dict) else ()
+            if not parts or not all(isinstance(known.get(part), dict) for part in parts):
                 raise ValueError(f"{record.name} is not the record of a run")
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.folder}: cannot be used for the run ({error})") from None
@@ -64,7 +70,7 @@ class Run:
                 f"{self.folder} holds a run with other settings ({changes}); choose another "
                 "--name, or go on with what it was started with"
             )
-        if "stages" not in known and (changes := _changes(known.get("machine", {}), machine)):
+        if "stages" not in known and (changes := _changes(known["machine"], machine)):
             print(
                 f"train.py: warning: the run was begun on another machine ({changes}): its weights "
                 "will not be those of a run that was never stopped",

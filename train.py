@@ -20,7 +20,7 @@ import platform
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -403,11 +403,13 @@ def start(args: argparse.Namespace) -> None:
         recipe = RECIPES[args.recipe]
         images, setup = prepare(source, recipe, device, args.full_train)
         machine = {
+            "kind": device.type,
             "threads": torch.get_num_threads(),
-            "bf16": setup.bf16,
             "processes": parallel.processes(),
         }
-        run = Run(record.RUNS / name, settings, machine)
+        run = Run(record.RUNS / name, settings, machine, setup.bf16)
+        if run.record["machine"]["kind"] == device.type:  # as measured when the run was begun
+            setup = replace(setup, bf16=run.record["bf16"])
         if parallel.process() == 0:
             parallel.wait()
         if run.finished:

@@ -3,6 +3,7 @@
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,15 @@ def tiny_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path, tiny_data) -> list[str]:
+def tiny(wide, monkeypatch) -> Iterator[list[str]]:
+    """As `wide`, with narrow networks: for all that does not depend on the size of these."""
+    with shrunk.narrow(), monkeypatch.context() as patch:
+        patch.setattr(models, "bf16_pays", lambda device: False)  # not now this, now that
+        yield wide
+
+
+@pytest.fixture
+def wide(monkeypatch, tmp_path, tiny_data) -> list[str]:
     """train.main's flags for a run on the tiny images: every stage, a few steps, tmp_path/runs."""
     monkeypatch.setitem(train.RECIPES, "quick", shrunk.RECIPE)
     monkeypatch.setattr(record, "RUNS", tmp_path / "runs")

@@ -6,6 +6,7 @@ import pytest
 import record
 
 SETTINGS = {"seed": 0, "budget": 100_000, "teacher": {"file": "t.pth", "sha256": "1"}}
+MACHINE = {"threads": 2}, True  # and whether in bf16
 
 
 def test_the_commit_has_a_plus_if_files_differ(tmp_path, monkeypatch):
@@ -23,11 +24,11 @@ def test_the_commit_has_a_plus_if_files_differ(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_with_its_settings_only_and_says_what_changed(tmp_path):
-    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]})
-    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]})
-    teacher = {"file": "t.pth", "sha256": "2"}
+    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]}, *MACHINE)
+    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]}, *MACHINE)
+    teacher, classes = {"file": "t.pth", "sha256": "2"}, ["cat", "cow", "dog"]
     with pytest.raises(record.UsageError) as error:
-        record.Run(tmp_path, {**SETTINGS, "teacher": teacher, "classes": ["cat", "cow", "dog"]})
+        record.Run(tmp_path, {**SETTINGS, "teacher": teacher, "classes": classes}, *MACHINE)
     assert "(teacher sha256: 1, now 2; classes: [], now ['cow'])" in str(error.value)
 
 
@@ -35,16 +36,16 @@ def test_a_run_goes_on_with_its_settings_only_and_says_what_changed(tmp_path):
 def test_a_record_that_is_none_is_one_clear_line(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(record.UsageError, match="cannot be used for the run") as error:
-        record.Run(tmp_path, SETTINGS)
+        record.Run(tmp_path, SETTINGS, *MACHINE)
     assert "\n" not in str(error.value)
 
 
-def test_going_on_with_other_threads_or_precision_is_warned_of(tmp_path, capsys):
-    record.Run(tmp_path, SETTINGS, {"threads": 2, "bf16": True})
+def test_going_on_with_other_threads_is_warned_of(tmp_path, capsys):
+    record.Run(tmp_path, SETTINGS, *MACHINE)
     assert json.loads((tmp_path / "run.json").read_text())["machine"]["threads"] == 2
-    record.Run(tmp_path, SETTINGS, {"threads": 2, "bf16": True})
+    record.Run(tmp_path, SETTINGS, *MACHINE)
     assert not capsys.readouterr().err
-    record.Run(tmp_path, SETTINGS, {"threads": 1, "bf16": True})
+    record.Run(tmp_path, SETTINGS, {"threads": 1}, True)
     error = capsys.readouterr().err
     assert "warning" in error and "(threads: 2, now 1)" in error and error.count("\n") == 1
 

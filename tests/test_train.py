@@ -48,8 +48,8 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
 # --- the whole ----------------------------------------------------------------------------------
 
 
-def test_the_whole_chain(tiny, folder, tmp_path, tiny_data, capsys):
-    assert train.main(tiny) == 0
+def test_the_whole_chain(wide, folder, tmp_path, tiny_data, capsys):
+    assert train.main(wide) == 0
     printed = capsys.readouterr().out
     (between,) = folder.glob("pruned_resnet18-*.pth")  # the network that the first round left
     assert checkpoint.load(between)[1]["parameters"] == int(between.stem.split("-")[1]) > 100_000
@@ -96,7 +96,7 @@ def test_the_whole_chain(tiny, folder, tmp_path, tiny_data, capsys):
     assert right / len(labels) == pytest.approx(accuracy)
 
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert train.main(tiny) == 0
+    assert train.main(wide) == 0
     assert "finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
@@ -228,14 +228,14 @@ def test_a_stem_of_smaller_stride_goes_through_the_whole_chain(
 def test_a_recipe_with_budgets_keeps_and_measures_a_network_for_each(
     tiny, tmp_path, monkeypatch, capsys
 ):
-    recipe = replace(train.RECIPES["quick"], budgets=(400_000, 100_000))
+    recipe = replace(train.RECIPES["quick"], budgets=(150_000, 100_000))
     monkeypatch.setitem(train.RECIPES, "curve", recipe)
     flags = [*tiny[1:], "--recipe", "curve"]
     assert train.main(flags) == 0
     rows = read_rows(tmp_path / "results.csv")
-    assert [row["parameters"] for row in rows] == ["400000", "100000"]
+    assert [row["parameters"] for row in rows] == ["150000", "100000"]
     folder = tmp_path / "runs" / "curve-seed0"
-    for row, name in zip(rows, ("pruned_resnet18-400000.pth", "pruned_resnet18.pth"), strict=True):
+    for row, name in zip(rows, ("pruned_resnet18-150000.pth", "pruned_resnet18.pth"), strict=True):
         model, meta = checkpoint.load(folder / name)
         assert prune.count(model) == meta["budget"] == int(row["parameters"])
         assert row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
@@ -262,12 +262,12 @@ def test_a_recipe_with_budgets_keeps_and_measures_a_network_for_each(
     ],
 )
 def test_bad_flags_end_with_one_line_before_any_work(
-    tiny, flags, message, monkeypatch, capsys, tmp_path
+    wide, flags, message, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(train, "train", None)
     monkeypatch.setattr(train, "measure", None)
-    assert train.main([*tiny, *flags]) == 2
+    assert train.main([*wide, *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
@@ -316,13 +316,13 @@ def test_processes_without_their_surroundings_are_one_clear_line(
     assert f"not {missing}:" in error and error.count("\n") == 1
 
 
-def test_imagenet_weights_that_cannot_be_had_are_said_so(tiny, monkeypatch, capsys):
+def test_imagenet_weights_that_cannot_be_had_are_said_so(wide, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    assert train.main([*tiny, "--imagenet"]) == 2
+    assert train.main([*wide, "--imagenet"]) == 2
     assert "--imagenet: the weights cannot be downloaded" in capsys.readouterr().err
 
 

@@ -1,18 +1,26 @@
-"""The real train.py with a tiny recipe on tiny images, in a process of its own.
+"""The real train.py with a tiny recipe on tiny images and narrow networks, in a process of its own.
 
     python tests/tiny.py FOLDER [flags of train.py]
 
 Images and runs are in FOLDER. With DIE="step 7" in the environment it kills itself (SIGKILL) in its
 seventh training step; likewise "write 7", in the middle of writing a file, and "rename 7", just
 before a finished file gets its name. With STOP="step 7" it sends itself a SIGTERM instead.
+With WIDE=1 the networks are those of the program.
 """
 
+import contextlib
+import functools
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
+import torchvision
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -39,6 +47,32 @@ RECIPE = loop.Recipe(
     images=64,
     batch_size=16,
 )
+
+
+class Narrow(ResNet):
+    """A ResNet with a quarter of the channels behind its stem: a sixteenth of the weights."""
+
+    def __init__(self, block: type, layers: list[int], num_classes: int):
+        super().__init__(block, layers, num_classes)
+        self.fc = torch.nn.Linear(128 * block.expansion, num_classes)
+
+    def _make_layer(self, block, planes, *args, **options):
+        return super()._make_layer(block, planes // 4, *args, **options)
+
+
+NARROW = {
+    "resnet18": functools.partial(Narrow, BasicBlock, [2, 2, 2, 2]),
+    "resnet50": functools.partial(Narrow, Bottleneck, [3, 4, 6, 3]),
+}
+
+
+@contextlib.contextmanager
+def narrow() -> Iterator[None]:
+    """Within: the program builds, writes and reads narrow networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for arch, build in NARROW.items():
+            patch.setattr(torchvision.models, arch, build)
+        yield
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -106,14 +140,14 @@ def main() -> int:
     record.RUNS, record.RESULTS = folder / "runs", folder / "results.csv"
     train.announce = lambda *args: None  # its steps are not training steps
     data.VALIDATION = VALIDATION
-    if "FP32" in os.environ:
-        models.bf16_pays = lambda device: False
+    models.bf16_pays = lambda device: False  # a busy machine might measure now this, now that
     if "RANK" in os.environ:  # under torchrun
         loop.fit = _counted(loop.fit)
     for name, number in (("DIE", signal.SIGKILL), ("STOP", signal.SIGTERM)):
         if moment := os.environ.get(name):
             _signal_at(moment, number)
-    return train.main(["--quick", "--device", "cpu", "--data", str(folder / "data"), *flags])
+    with contextlib.nullcontext() if "WIDE" in os.environ else narrow():
+        return train.main(["--quick", "--device", "cpu", "--data", str(folder / "data"), *flags])
 
 
 if __name__ == "__main__":
