@@ -54,6 +54,7 @@ VALIDATION = 5000  # images held out for validation, at most a fifth, the same s
 # By the names of --dataset, apart from fashion-mnist, which has sources of its own.
 TORCHVISION = {"mnist": "MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
 DATASETS = ("fashion-mnist", *TORCHVISION)
+MIRRORED = ("fashion-mnist", "cifar10", "folder")  # whose mirrored images still are of their class
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MOST_BYTES = 2**28  # of images that are read at a time
 SIZES = (8, 512)  # of the images, smallest and largest

@@ -30,6 +30,7 @@ IDX = {
     "t10k-labels-idx1-ubyte": "test_labels",
 }
 VALIDATION = 40
+LEAST = 1  # steps: an epoch is one pass
 _kd = {"kd_weight": 0.9, "temperature": 4.0}
 _sgd = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
 RECIPE = loop.Recipe(
@@ -106,6 +107,7 @@ def main() -> int:
     record.RUNS, record.RESULTS = folder / "runs", folder / "results.csv"
     train.announce = lambda *args: None  # its steps are not training steps
     data.VALIDATION = VALIDATION
+    loop.LEAST = LEAST
     if "FP32" in os.environ:
         models.bf16_pays = lambda device: False
     if "RANK" in os.environ:  # under torchrun
