@@ -201,8 +201,8 @@ def load_train(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """(images, labels) to train on, in a fixed random order, and for validation.
 
-    Held out for validation is what `source` says, else a share of the training images; with
-    `full_train`, nothing.
+    Held out for validation is what `source` says, else a share of the training images; nothing
+    with `full_train`, or if the share is not one image of any class.
     """
     images, labels = load(source, "train")
     if has(source, "val"):
@@ -215,7 +215,7 @@ def load_train(
         train, val = torch.arange(len(labels)), None
     if full_train or has(source, "val"):  # one's own images come class by class
         train = train[torch.randperm(len(train), generator=Generator().manual_seed(0))]
-    kept = None if val is None else (images[val], labels[val])
+    kept = None if val is None or len(val) == 0 else (images[val], labels[val])
     return (images[train], labels[train]), kept
 
 

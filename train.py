@@ -304,7 +304,9 @@ def announce(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> 
     recipe, seed = run.settings["recipe_name"], run.settings["seed"]
     shown = f"{len(images.labels):,} images{'' if images.flip else ', never mirrored'}"
     shown += f", {images.passes} times an epoch" if images.passes > 1 else ""
-    parallel.say(f"recipe {recipe}, seed {seed}, {shown}, batches of {images.batch_size}")
+    shown += f", batches of {images.batch_size}"
+    shown += ", none for validation" if images.val is None else ""
+    parallel.say(f"recipe {recipe}, seed {seed}, {shown}")
     seconds = measure(run, parts, images, setup)
     total = 0.0
     for stage in seconds:
