@@ -196,6 +196,22 @@ def has(source: Source, split: str) -> bool:
     return (source.path / split).is_dir() if source.name == "folder" else split != "val"
 
 
+def digest(source: Source) -> str | None:
+    """SHA-256 over names and sizes of one's own training and validation images; else None.
+
+    Whoever adds, removes or changes images has another training set, and another split of it.
+    """
+    if source.name != "folder":
+        return None
+    names = hashlib.sha256()
+    for split in ("train", "val"):
+        for name in source.classes if has(source, split) else ():
+            for path in image_files(source.path / split / name):
+                place = path.relative_to(source.path).as_posix()
+                names.update(f"{place}\0{path.stat().st_size}\n".encode())
+    return names.hexdigest()
+
+
 def load_train(
     source: Source, full_train: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:

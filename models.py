@@ -1,13 +1,17 @@
 """Teacher and student as torchvision defines them, and the one inference path."""
 
 import os
-import resource
 import sys
 import time
 
 import torch
 import torchvision
 from torch import Tensor, nn
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 ARCHITECTURES = ("resnet18", "resnet50")
 STEMS = (4, 2, 1)  # total stride of the layers before the first block
@@ -38,10 +42,13 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({os.cpu_count()} cores)" if device.type == "cpu" else device.type
 
 
-def peak_memory_mb(device: torch.device) -> int:
-    """Most memory that this process has used: the GPU's, or, without one, the machine's."""
+def peak_memory_mb(device: torch.device) -> int | None:
+    """Most memory that this process has used: the GPU's, or, without one, the machine's (None if
+    the system does not tell)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1e6 if sys.platform == "darwin" else 1e3))  # bytes there, else kB
 

@@ -16,8 +16,17 @@ class ParallelError(Exception):
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Within: the processes that torchrun started, if it did, work as one on "cuda" or the CPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """Within: the processes that torchrun started, if it did, work as one on "cuda" or the CPU.
+
+    Raises ParallelError.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if name not in os.environ]:
+            raise ParallelError(
+                f"WORLD_SIZE is set, but not {', '.join(missing)}: start several processes with "
+                "torchrun, or unset it"
+            )
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -22,7 +22,7 @@ from loop import Part
 STATE, STATE_BEFORE = "state.pt", "state-before.pt"
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs"
-RESULTS = HERE / "results.csv"
+RESULTS = RUNS / "results.csv"
 TOO_MUCH = 0.02  # accuracy that pruning may cost before the report warns
 
 
@@ -31,33 +31,45 @@ class UsageError(Exception):
 
 
 class Run:
-    """What was asked for, how far it is, what it leaves."""
+    """What was asked for, how far it is, what it leaves.
 
-    def __init__(self, folder: Path, settings: dict):
+    `settings` decide what is trained: a run only goes on with the same. `machine` (threads,
+    precision, ...) decides how it is rounded: a run that goes on with another is warned of. Raises
+    UsageError if the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, settings: dict, machine: dict | None = None):
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
-        self.record = self._open()
+        self.record = self._open(machine or {})
         self._state = self._read_state()
         self.rows: list[dict] = self._state.get("rows", [])
         self.minutes: float = self._state.get("minutes", 0.0)
         self._clock = time.perf_counter()
 
-    def _open(self) -> dict:
+    def _open(self, machine: dict) -> dict:
         """Create the folder, or go on with what is there if the settings are the same."""
         record = self.folder / "run.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = json.loads(record.read_text()) if record.exists() else None
             if known is None:
-                known = {"name": self.folder.name, "settings": self.settings}
+                known = {"name": self.folder.name, "settings": self.settings, "machine": machine}
                 checkpoint.write(record, json.dumps(known, indent=2))
+            if not isinstance(known, dict) or not isinstance(known.get("settings"), dict):
+                raise ValueError(f"{record.name} is not the record of a run")
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.folder}: cannot be used for the run ({error})") from None
-        wanted = self.settings
-        if differing := [key for key in wanted if known["settings"].get(key) != wanted[key]]:
+        if changes := _changes(known["settings"], self.settings):
             raise UsageError(
-                f"{self.folder} holds a run with other settings ({', '.join(differing)}); "
-                "choose another --name, or the settings it was started with"
+                f"{self.folder} holds a run with other settings ({changes}); choose another "
+                "--name, or go on with what it was started with"
+            )
+        if "stages" not in known and (changes := _changes(known.get("machine", {}), machine)):
+            print(
+                f"train.py: warning: the run was begun on another machine ({changes}): its weights "
+                "will not be those of a run that was never stopped",
+                file=sys.stderr,
             )
         return known
 
@@ -106,7 +118,7 @@ class Run:
             (self.folder / STATE).replace(self.folder / STATE_BEFORE)
         checkpoint.write(self.folder / STATE, state)
         if self.rows:
-            checkpoint.write(self.folder / "metrics.csv", _csv(self.rows))
+            checkpoint.write(self.folder / "metrics.csv", to_csv(self.rows))
 
     def minutes_of(self, part: Part) -> float:
         """Minutes that the epochs of `part` took."""
@@ -170,6 +182,21 @@ class Run:
         )
 
 
+def _changes(before: dict, now: dict, longest: int = 60) -> str:
+    """What differs, as "key: before, now other": down to the key, nested ones too."""
+    changes = []
+    for key in dict.fromkeys((*before, *now)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += [f"{key} {inner}"] if (inner := _changes(old, new, longest)) else []
+        elif old != new:
+            if isinstance(old, list) and isinstance(new, list):  # only what differs, of classes
+                old, new = [x for x in old if x not in new], [x for x in new if x not in old]
+            texts = [str(value)[:longest] for value in (old, new)]
+            changes.append(f"{key}: {texts[0]}, now {texts[1]}")
+    return "; ".join(changes)
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Raises UsageError if another process is training the run in `folder`."""
@@ -188,12 +215,13 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def add_results(rows: list[dict]) -> None:
-    """Add rows to the table of results."""
+    """Add rows to the table of this machine's results, which git ignores."""
     old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    checkpoint.write(RESULTS, _csv([*old, *rows]))
+    checkpoint.write(RESULTS, to_csv([*old, *rows]))
 
 
-def _csv(rows: list[dict]) -> str:
+def to_csv(rows: list[dict]) -> str:
+    """Rows as CSV, with every column that one of them has."""
     text = io.StringIO()
     columns = dict.fromkeys(column for row in rows for column in row)  # older rows may have others
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -203,17 +231,14 @@ def _csv(rows: list[dict]) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, "+" behind it if files differ from it; "" outside of git.
-
-    results.csv, to which a run adds its rows, may differ.
-    """
+    """The commit of this checkout, "+" behind it if files differ from it; "" outside of git."""
 
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
 
     try:
         name = git("describe", "--always", "--exclude=*").stdout.strip()
-        differs = git("diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS.name}").returncode
+        differs = git("diff", "--quiet", "HEAD").returncode
     except OSError:
         return ""
     return f"{name}+" if name and differs else name

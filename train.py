@@ -15,6 +15,7 @@ import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it s
 import argparse
 import contextlib
 import functools
+import hashlib
 import math
 import platform
 import signal
@@ -130,6 +131,12 @@ def build(stage: str, settings: dict, classes: int) -> nn.Module:
     return models.build(arch, classes, imagenet, settings["stem"])
 
 
+def given_teacher(run: Run) -> Path | None:
+    """The file of --teacher."""
+    given = run.settings["teacher"]
+    return Path(given["file"]) if given else None
+
+
 def train(
     run: Run, parts: list[Part], images: loop.Images, setup: Setup, source: data.Source, stop: Stop
 ) -> None:
@@ -140,7 +147,7 @@ def train(
         path = run.path(part)
         if not path.exists():
             if part.name != "teacher" and teacher is None:
-                teacher, _ = checkpoint.load(run.settings["teacher"] or run.folder / "teacher.pth")
+                teacher, _ = checkpoint.load(given_teacher(run) or run.folder / "teacher.pth")
                 teacher = setup.frozen(teacher)
             if part.name == "pruned":
                 model, _ = checkpoint.load(before)
@@ -191,8 +198,8 @@ def finish(
 ) -> None:
     """Read the files that the run wrote, measure test, and write summary, pictures and record."""
     test = data.load(source, "test") if data.has(source, "test") else None
-    given = run.settings["teacher"]
-    files = [("teacher", Path(given), 0.0)] if given else []
+    given = given_teacher(run)
+    files = [("teacher", given, 0.0)] if given else []
     files += [(part.title, run.path(part), run.minutes_of(part)) for part in parts]
     sizes = images.labels.bincount(minlength=images.classes)
     uneven = (sizes.max() > 2 * sizes.min()).item()  # then accuracy says little of rare classes
@@ -216,9 +223,6 @@ def finish(
             by_class = models.accuracy_by_class(models.infer(model, images.val[0]), images.val[1])
             stage["val_balanced"] = by_class.nanmean().item()
         stages.append(stage)
-    size = source.image_size
-    summary = torchinfo.summary(prune.masked(model.cpu()), (1, 3, size, size), verbose=0)
-    checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
     by_class = None
     if images.val is not None:
         val_logits = models.infer(model, images.val[0])
@@ -228,7 +232,9 @@ def finish(
             for name, share in zip(source.classes, shares, strict=True)
         }
         logits = val_logits if test is None else logits
-    pictures(run.folder, model, source, test or images.val, logits)
+    size = source.image_size
+    summary = torchinfo.summary(prune.masked(model.cpu()), (1, 3, size, size), verbose=0)
+    checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
     run.finish(
         {
             "stages": stages,
@@ -236,8 +242,6 @@ def finish(
             "val_by_class": by_class,
             "torchinfo_total_params": summary.total_params,
             "device": models.device_name(setup.device),
-            "bf16": setup.bf16,
-            "processes": parallel.processes(),
             "peak_memory_mb": models.peak_memory_mb(setup.device),
             "versions": {
                 "python": platform.python_version(),
@@ -249,6 +253,7 @@ def finish(
     recipe_name = run.settings["recipe_name"]
     if recipe_name != "quick" and source.name == "fashion-mnist":
         record.add_results(result_rows(run, stages, all_rounds=bool(RECIPES[recipe_name].budgets)))
+    pictures(run.folder, model, source, test or images.val, logits)
 
 
 def pictures(
@@ -258,17 +263,26 @@ def pictures(
     shown: tuple[Tensor, Tensor] | None,
     logits: Tensor | None,
 ) -> None:
-    """Curves, layers and, of the images `shown` with these `logits`, confusion and mistakes."""
-    checkpoint.write(folder / "curves.png", plots.curves(folder / "metrics.csv"))
+    """Curves, layers and, of the images `shown` with these `logits`, confusion and mistakes.
+
+    After the record: what cannot be drawn is said, and keeps no run from its end.
+    """
     live = prune.all_useful(model, source.image_size, source.grey)
     kept = {name: int(w.count_nonzero()) for name, w in prune.weights(model).items()}
     could = {name: int(mask.sum()) for name, mask in live.items()}
-    checkpoint.write(folder / "layers.png", plots.layers(kept, could))
+    drawings = {
+        "curves": functools.partial(plots.curves, folder / "metrics.csv"),
+        "layers": functools.partial(plots.layers, kept, could),
+    }
     if shown is not None:
-        images_u8, labels, probs = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1)
-        for name, picture in (("confusion", plots.confusion), ("mistakes", plots.mistakes)):
-            png = picture(images_u8, labels, probs, source.classes)
-            checkpoint.write(folder / f"{name}.png", png)
+        answers = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1), source.classes
+        drawings["confusion"] = functools.partial(plots.confusion, *answers)
+        drawings["mistakes"] = functools.partial(plots.mistakes, *answers)
+    for name, draw in drawings.items():
+        try:
+            checkpoint.write(folder / f"{name}.png", draw())
+        except Exception as error:  # whatever a picture fails on
+            print(f"train.py: warning: {name}.png could not be drawn ({error})", file=sys.stderr)
 
 
 def result_rows(run: Run, stages: list[dict], all_rounds: bool) -> list[dict]:
@@ -324,7 +338,7 @@ def announce(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> 
 def measure(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> dict[str, float]:
     """Seconds that a training step takes in each stage, on networks thrown away."""
     seconds = {}
-    given, classes = run.settings["teacher"], images.classes
+    given, classes = given_teacher(run), images.classes
     teacher = checkpoint.load(given)[0] if given else build("teacher", run.settings, classes)
     teacher = setup.frozen(teacher)
     for part in parts:
@@ -415,14 +429,19 @@ def start(args: argparse.Namespace) -> None:
     if parallel.process() > 0:
         parallel.wait()  # until process 0 has the folder
     with record.lock(record.RUNS / name) if parallel.process() == 0 else contextlib.nullcontext():
-        run = Run(record.RUNS / name, settings)
+        recipe = RECIPES[args.recipe]
+        images, setup = prepare(source, recipe, device, args.full_train, settings["flip"])
+        machine = {
+            "threads": torch.get_num_threads(),
+            "bf16": setup.bf16,
+            "processes": parallel.processes(),
+        }
+        run = Run(record.RUNS / name, settings, machine)
         if parallel.process() == 0:
             parallel.wait()
         if run.finished:
             parallel.say(f"{run.folder}: this run is finished; --name or --seed starts another")
         else:
-            recipe = RECIPES[args.recipe]
-            images, setup = prepare(source, recipe, device, args.full_train, settings["flip"])
             student = models.build("resnet18", images.classes, stem=args.stem)
             _, largest = prune.budget_range(student, setup.image_size, setup.grey)
             parts = plan(recipe, largest, settings["budget"])
@@ -465,8 +484,11 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
             f"--budget {budgets[-1]:,}: possible are {smallest:,} (BatchNorm, biases, and "
             f"the floors of all layers) to {largest:,} (all weights that can matter)"
         )
+    teacher = None
     if args.teacher is not None:
         _, meta = checkpoint.load(args.teacher)
+        sha256 = hashlib.sha256(args.teacher.read_bytes()).hexdigest()
+        teacher = {"file": str(args.teacher.resolve()), "sha256": sha256}
         if meta["num_classes"] != classes:
             raise UsageError(
                 f"{args.teacher}: has {meta['num_classes']} classes, the images have {classes}"
@@ -482,12 +504,15 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
         "stem": args.stem,
         "seed": args.seed,
         "budget": budgets[-1],
-        "teacher": None if args.teacher is None else str(args.teacher.resolve()),
+        "teacher": teacher,
         "imagenet": args.imagenet,
         "full_train": args.full_train,
         "flip": source.name in data.MIRRORED and not args.no_flip,
         "dataset": source.name if source.name != "folder" else str(source.path.resolve()),
         "image_size": source.image_size,
+        "grey": source.grey,
+        "classes": list(source.classes),
+        "files": data.digest(source),
     }
 
 

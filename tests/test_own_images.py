@@ -84,6 +84,23 @@ def test_a_grey_folder_through_the_whole_chain(tiny, folder, tmp_path, capsys):
     assert sheet.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_images_that_were_added_are_noticed(tiny, folder, monkeypatch, capsys):
+    flags = ["--quick", "--device", "cpu", "--data", str(folder)]
+    monkeypatch.setattr(train, "announce", lambda *args: None)
+    monkeypatch.setattr(train, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train.main(flags) == 130
+    assert train.main(flags) == 130
+    (folder / "train" / "left" / "0.png").rename(folder / "train" / "left" / "more.png")
+    assert train.main(flags) == 2
+    assert "(files: " in capsys.readouterr().err
+    for name in ("up", "down"):
+        (folder / "train" / name).mkdir()
+        Image.new("RGB", (40, 40)).save(folder / "train" / name / "0.png")
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "grey: True, now False; classes: [], now ['down', 'up']" in error
+
+
 def test_colour_images_through_the_whole_chain(tiny, tmp_path, capsys):
     folder = colour(tmp_path / "cifar")
     flags = ["--quick", "--device", "cpu", "--data", str(folder), "--image-size", "32"]

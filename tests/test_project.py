@@ -1,23 +1,15 @@
-"""The documents against the code, and the shipped weights against what is said of them.
+"""The documents against the code, and the shipped weights against what is said of them."""
 
-`uv run tests/test_project.py` writes the README's tables anew, from results.csv, bench.json (the
-last line that bench.py prints) and the weights.
-"""
-
-import csv
 import importlib
-import json
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torchinfo
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,149 +18,16 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import export  # noqa: E402
 import models  # noqa: E402
-import plots  # noqa: E402
 import prune  # noqa: E402
+import readme  # noqa: E402
 import train  # noqa: E402
 
 SHIPPED = ROOT / "pruned_resnet18.pth"
 
 
-def result_rows() -> list[dict[str, str]]:
-    with (ROOT / "results.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def shipped_row() -> dict[str, str]:
-    """The row of results.csv that the shipped weights come from."""
-    meta = checkpoint.load(SHIPPED)[1]
-    (row,) = [
-        row
-        for row in result_rows()
-        if (row["recipe"], row["stem"], row["seed"])
-        == (meta["recipe"], str(meta["stem"]), str(meta["seed"]))
-        and row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
-    ]
-    return row
-
-
-def mean_and_spread(percent: list[float]) -> str:
-    """Mean ± standard deviation, the latter unless all are the same (seeds can share a teacher)."""
-    spread = f" ± {statistics.stdev(percent):.2f}" if len(set(percent)) > 1 else ""
-    return f"{statistics.mean(percent):.2f}{spread}%"
-
-
-def readme_tables() -> dict[str, str]:
-    """The README's generated parts, by the name in the comment before them."""
-    results = [
-        "| run | teacher, val / test | student | **100,000 parameters** | |",
-        "|---|---|---|---|---|",
-    ]
-    same = shipped_row()
-    rows = [row for row in result_rows() if all(row[k] == same[k] for k in ("recipe", "stem"))]
-    for row in rows:
-        figures = [
-            " / ".join(f"{float(row[f'{stage}_{part}']):.2%}" for part in ("val", "test"))
-            for stage in train.STAGES
-        ]
-        run = f"`--recipe {row['recipe']} --seed {row['seed']}`"
-        where = f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
-        results.append(f"| {run} | {' | '.join(figures)} | {where} |")
-    if len(rows) > 1:
-        figures = [
-            " / ".join(
-                mean_and_spread([100 * float(row[f"{stage}_{part}"]) for row in rows])
-                for part in ("val", "test")
-            )
-            for stage in train.STAGES
-        ]
-        results.append(f"| mean ± standard deviation | {' | '.join(figures)} | |")
-    model, _ = checkpoint.load(SHIPPED)
-    summary = torchinfo.summary(prune.masked(model), (1, 3, 28, 28), verbose=0)
-    layers = ["| layer | parameters | of |", "|---|---|---|"]
-    for name, weight in prune.weights(model).items():
-        layers.append(f"| {name[:-7]} | {int(weight.count_nonzero()):,} | {weight.numel():,} |")
-    fixed = prune.count_fixed(model)
-    layers.append(f"| BatchNorm, and the bias of fc | {fixed:,} | {fixed:,} |")
-    layers.append(f"| **Total params** | **{summary.total_params:,}** | 11,181,642 |")
-    layers.append(f"| Total mult-adds (M) | {summary.total_mult_adds / 1e6:.2f} | |")
-    return {
-        "results": "\n".join(results),
-        "layers": "\n".join(layers),
-        "sizes": "\n".join(sizes_table()),
-        "speed": "\n".join(speed_tables(json.loads((ROOT / "bench.json").read_text()))),
-    }
-
-
-def sizes_table() -> list[str]:
-    """Accuracies of the networks of the recipe `curve`, means over its seeds, smallest first."""
-    sizes: dict[str, list[dict]] = {}
-    for row in sorted(result_rows(), key=lambda row: int(row["parameters"])):
-        if row["recipe"] == "curve" and row["stem"] == "4":
-            sizes.setdefault(f"{int(row['parameters']):,}", []).append(row)
-    columns = [(size, "pruned", rows) for size, rows in sizes.items()]
-    columns.append(("dense", "student", columns[0][2]))
-    lines = [
-        "| parameters | " + " | ".join(size for size, _, _ in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for split in ("val", "test"):
-        means = [
-            statistics.mean(100 * float(row[f"{stage}_{split}"]) for row in rows)
-            for _, stage, rows in columns
-        ]
-        title = {"val": "validation", "test": "test"}[split]
-        lines.append(f"| {title} | " + " | ".join(f"{mean:.2f}%" for mean in means) + " |")
-    return lines
-
-
-def speed_tables(measured: dict) -> list[str]:
-    """What bench.py measured, as the README shows it."""
-    titles = {
-        "sparse": "**this project, `sparse.py`**",
-        "dense_fp32": "PyTorch, dense, fp32",
-        "dense_bf16": "PyTorch, dense, bf16, BatchNorm folded",
-        "onnxruntime": "ONNX Runtime, dense",
-        "openvino": "OpenVINO, dense",
-    }
-    lines = [
-        f"On {measured['device']}, {measured['threads']} threads, commit {measured['commit']}:",
-        "",
-        "| images/s | " + " | ".join(f"batch {n}" for n in measured["predict"]["sparse"]) + " |",
-        "|---|" + "---|" * len(measured["predict"]["sparse"]),
-    ]
-    for name, title in titles.items():
-        row = [f"{rate:,.0f}" for rate in measured["predict"][name].values()]
-        bold = "**" if name == "sparse" else ""
-        lines.append(f"| {title} | " + " | ".join(f"{bold}{r}{bold}" for r in row) + " |")
-    loops, files = measured["train"], measured["files"]
-    lines += [
-        "",
-        "| step of distillation while pruning, 256 images | ms |",
-        "|---|---|",
-        f"| `train.py` | {loops['ours']:,.0f} |",
-        f"| its networks alone, on a batch that is there already | {loops['bare']:,.0f} |",
-        "| as it is usually written: PIL in DataLoader workers, fp32, metrics at each step "
-        f"| {loops['usual']:,.0f} |",
-        "",
-        "| file | kB | ms to load |",
-        "|---|---|---|",
-    ]
-    for name, title in (
-        ("pruned", "`pruned_resnet18.pth`"),
-        ("plain", "`torch.save(model.state_dict())`"),
-    ):
-        row = files[name]
-        lines.append(f"| {title} | {row['bytes'] / 1000:,.0f} | {row['load_ms']:,.0f} |")
-    return lines
-
-
-def part(readme: str, name: str) -> re.Match:
-    return re.search(rf"(<!-- {name}.*?-->\n)(.*?)(\n<!-- end of {name} -->)", readme, re.S)
-
-
 @pytest.mark.parametrize("name", ["results", "sizes", "layers", "speed"])
 def test_the_readmes_tables_are_the_programs(name):
-    assert part((ROOT / "README.md").read_text(), name)[2] == readme_tables()[name]
+    assert readme.part((ROOT / "README.md").read_text(), name)[2] == readme.tables()[name]
 
 
 def test_the_shipped_weights_are_what_they_say():
@@ -186,7 +45,7 @@ def test_the_shipped_weights_reach_the_accuracy_in_the_results():
     model, _ = checkpoint.load(SHIPPED)
     images, labels = data.load(data.find(data.DEBIAN_DIR), "test")
     accuracy = models.accuracy(models.infer(model, images), labels)
-    assert f"{accuracy:.4f}" == shipped_row()["pruned_test"]
+    assert f"{accuracy:.4f}" == readme.shipped_row()["pruned_test"]
 
 
 def test_both_environments_list_the_same_dependencies():
@@ -212,22 +71,45 @@ def test_the_readme_names_every_flag_and_no_other(script):
         [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
     ).stdout
     known = set(re.findall(r"--[a-z][a-z-]+", shown)) - {"--help"}
-    readme = (ROOT / "README.md").read_text()
-    table = re.search(rf"### `{re.escape(script)}`(.*?)(?=\n##)", readme, re.S)[1]
+    text = (ROOT / "README.md").read_text()
+    table = re.search(rf"### `{re.escape(script)}`(.*?)(?=\n##)", text, re.S)[1]
     assert set(re.findall(r"^\| .*?`(?:-\w, )?(--[a-z-]+)", table, re.M)) == known
 
 
+FLOORS = (
+    {"openmp", "augment", "data", "models", "parallel", "plots", "prune"},
+    {"checkpoint", "rewrite"},
+    {"loop", "sparse"},
+    {"record"},
+    {"export", "predict", "train"},
+    {"bench", "readme"},
+)
+
+
+def test_imports_run_downwards():
+    """A room imports from lower floors only: no circles, and leaves that stand alone."""
+    floor = {name: n for n, names in enumerate(FLOORS) for name in names}
+    rooms = {path.stem: path for path in ROOT.glob("*.py")}
+    assert rooms.keys() == floor.keys()
+    for name, path in rooms.items():
+        lines = path.read_text().splitlines()
+        words = [line.split() for line in lines if re.match(r"\s*(import|from) ", line)]
+        imported = {word[1].partition(".")[0] for word in words} & rooms.keys()
+        assert all(floor[other] < floor[name] for other in imported), (name, imported)
+        assert floor[name] or not imported
+
+
 def test_the_readme_names_every_file():
-    readme = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     for path in sorted(ROOT.glob("*.py")):
-        assert re.search(rf"^\| `{path.name}` \|", readme, re.M), path.name
+        assert re.search(rf"^\| `{path.name}` \|", text, re.M), path.name
 
 
 def readme_commands() -> list[tuple[str, list[str]]]:
     """(script, flags) of every command with a script of ours in the README."""
-    readme = (ROOT / "README.md").read_text()
-    lines = re.findall(r"^(?:uv run|python|torchrun)\b.*", readme, re.M)
-    lines += re.findall(r"`((?:uv run|python) [^`]+\.py[^`]*)`", readme)
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^(?:uv run|python|torchrun)\b.*", text, re.M)
+    lines += re.findall(r"`((?:uv run|python) [^`]+\.py[^`]*)`", text)
     commands = []
     for line in lines:
         words = shlex.split(line, comments=True)
@@ -290,11 +172,3 @@ def test_the_readmes_python_runs(newcomers_folder):
         exec(block, known)
         if "logits" in known:
             assert known["logits"].shape[1] == 10
-
-
-if __name__ == "__main__":
-    text = (ROOT / "README.md").read_text()
-    for name, table in readme_tables().items():
-        text = text.replace(part(text, name)[0], part(text, name)[1] + table + part(text, name)[3])
-    checkpoint.write(ROOT / "README.md", text)
-    checkpoint.write(ROOT / "sizes.png", plots.sizes(ROOT / "results.csv", "curve"))

@@ -1,25 +1,60 @@
+import json
 import subprocess
 
 import pytest
 
 import record
 
+SETTINGS = {"seed": 0, "budget": 100_000, "teacher": {"file": "t.pth", "sha256": "1"}}
 
-def test_the_commit_has_a_plus_if_files_differ_other_than_the_results(tmp_path, monkeypatch):
+
+def test_the_commit_has_a_plus_if_files_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "HERE", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert record.commit() == ""
-    for name in ("train.py", "results.csv"):
-        (tmp_path / name).write_text("before")
+    (tmp_path / "train.py").write_text("before")
     git = ["git", "-c", "user.name=A", "-c", "user.email=a@b", "-C", str(tmp_path)]
     for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
     clean = record.commit()
     assert clean and not clean.endswith("+")
-    (tmp_path / "results.csv").write_text("a row more")
-    assert record.commit() == clean
     (tmp_path / "train.py").write_text("changed")
     assert record.commit() == f"{clean}+"
+
+
+def test_a_run_goes_on_with_its_settings_only_and_says_what_changed(tmp_path):
+    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]})
+    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]})
+    teacher = {"file": "t.pth", "sha256": "2"}
+    with pytest.raises(record.UsageError) as error:
+        record.Run(tmp_path, {**SETTINGS, "teacher": teacher, "classes": ["cat", "cow", "dog"]})
+    assert "(teacher sha256: 1, now 2; classes: [], now ['cow'])" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "17", '{"settings": 1}', "", "{"])
+def test_a_record_that_is_none_is_one_clear_line(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(record.UsageError, match="cannot be used for the run") as error:
+        record.Run(tmp_path, SETTINGS)
+    assert "\n" not in str(error.value)
+
+
+def test_going_on_with_other_threads_or_precision_is_warned_of(tmp_path, capsys):
+    record.Run(tmp_path, SETTINGS, {"threads": 2, "bf16": True})
+    assert json.loads((tmp_path / "run.json").read_text())["machine"]["threads"] == 2
+    record.Run(tmp_path, SETTINGS, {"threads": 2, "bf16": True})
+    assert not capsys.readouterr().err
+    record.Run(tmp_path, SETTINGS, {"threads": 1, "bf16": True})
+    error = capsys.readouterr().err
+    assert "warning" in error and "(threads: 2, now 1)" in error and error.count("\n") == 1
+
+
+def test_a_users_results_do_not_touch_what_git_tracks():
+    ignored = ["git", "check-ignore", "-q", str(record.RESULTS)]
+    inside = subprocess.run(["git", "rev-parse"], cwd=record.HERE, capture_output=True)
+    if inside.returncode:
+        pytest.skip("not a git checkout")
+    assert subprocess.run(ignored, cwd=record.HERE).returncode == 0
 
 
 def report(tmp_path, student, pruned, **settings):

@@ -280,6 +280,42 @@ def test_a_teacher_of_other_classes_is_refused(tiny, tmp_path, capsys):
     assert "has 7 classes, the images have 10" in capsys.readouterr().err
 
 
+def test_a_teacher_that_was_replaced_is_noticed(tiny, tmp_path, monkeypatch, capsys):
+    path, meta = tmp_path / "t.pth", {"arch": "resnet18", "num_classes": 10}
+    monkeypatch.setattr(train, "announce", lambda *args: None)
+    monkeypatch.setattr(train, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    for code, error in ((130, "goes on from here"), (2, "teacher sha256")):
+        checkpoint.save(path, models.build("resnet18", 10), meta)
+        assert train.main([*tiny, "--teacher", str(path)]) == code
+        assert error in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_drawn_keeps_no_run_from_its_end(
+    tiny, folder, monkeypatch, capsys
+):
+    def fail(*args):
+        raise ValueError("Expected end of text")
+
+    monkeypatch.setattr(plots, "confusion", fail)
+    assert train.main(tiny) == 0
+    printed = capsys.readouterr()
+    assert "confusion.png could not be drawn (Expected end of text)" in printed.err
+    assert "everything is in" in printed.out and (folder / "mistakes.png").exists()
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_PORT"])
+def test_processes_without_their_surroundings_are_one_clear_line(
+    tiny, missing, monkeypatch, capsys
+):
+    known = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**known, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    assert train.main(tiny) == 2
+    error = capsys.readouterr().err
+    assert f"not {missing}:" in error and error.count("\n") == 1
+
+
 def test_imagenet_weights_that_cannot_be_had_are_said_so(tiny, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
@@ -301,7 +337,11 @@ def test_other_settings_do_not_go_on_with_a_run(tiny, folder, monkeypatch, capsy
     name = ["--name", folder.name]
     assert train.main([*tiny, *name, "--budget", "90000", "--full-train"]) == 2
     error = capsys.readouterr().err
-    assert "(budget, full_train)" in error and error.count("\n") == 1
+    assert (
+        "budget: 100000, now 90000" in error
+        and "full_train: False, now True" in error
+        and error.count("\n") == 1
+    )
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(tiny, tmp_path, capsys):

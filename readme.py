@@ -1,0 +1,195 @@
+"""Write the README's tables and its picture anew, from results.csv, bench.json and the weights.
+
+    python readme.py                          # after bench.json (the last line of bench.py) changed
+    python readme.py --add runs/results.csv   # first add a machine's results, those with validation
+
+What it writes is checked by tests/test_project.py: no figure in a table is typed.
+"""
+
+import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+
+import argparse
+import csv
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import torchinfo
+
+import checkpoint
+import plots
+import prune
+import record
+import train
+
+HERE = Path(__file__).resolve().parent
+RESULTS, README = HERE / "results.csv", HERE / "README.md"
+SHIPPED = HERE / "pruned_resnet18.pth"
+
+
+def result_rows() -> list[dict[str, str]]:
+    with RESULTS.open() as file:
+        return list(csv.DictReader(file))
+
+
+def shipped_row() -> dict[str, str]:
+    """The row of results.csv that the shipped weights come from."""
+    meta = checkpoint.load(SHIPPED)[1]
+    (row,) = [
+        row
+        for row in result_rows()
+        if (row["recipe"], row["stem"], row["seed"])
+        == (meta["recipe"], str(meta["stem"]), str(meta["seed"]))
+        and row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
+    ]
+    return row
+
+
+def mean_and_spread(percent: list[float]) -> str:
+    """Mean ± standard deviation, the latter unless all are the same (seeds can share a teacher)."""
+    spread = f" ± {statistics.stdev(percent):.2f}" if len(set(percent)) > 1 else ""
+    return f"{statistics.mean(percent):.2f}{spread}%"
+
+
+def tables() -> dict[str, str]:
+    """The README's generated parts, by the name in the comment before them."""
+    results = [
+        "| run | teacher, val / test | student | **100,000 parameters** | |",
+        "|---|---|---|---|---|",
+    ]
+    same = shipped_row()
+    rows = [row for row in result_rows() if all(row[k] == same[k] for k in ("recipe", "stem"))]
+    for row in rows:
+        figures = [
+            " / ".join(f"{float(row[f'{stage}_{part}']):.2%}" for part in ("val", "test"))
+            for stage in train.STAGES
+        ]
+        run = f"`--recipe {row['recipe']} --seed {row['seed']}`"
+        where = f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
+        results.append(f"| {run} | {' | '.join(figures)} | {where} |")
+    if len(rows) > 1:
+        figures = [
+            " / ".join(
+                mean_and_spread([100 * float(row[f"{stage}_{part}"]) for row in rows])
+                for part in ("val", "test")
+            )
+            for stage in train.STAGES
+        ]
+        results.append(f"| mean ± standard deviation | {' | '.join(figures)} | |")
+    model, _ = checkpoint.load(SHIPPED)
+    summary = torchinfo.summary(prune.masked(model), (1, 3, 28, 28), verbose=0)
+    layers = ["| layer | parameters | of |", "|---|---|---|"]
+    for name, weight in prune.weights(model).items():
+        layers.append(f"| {name[:-7]} | {int(weight.count_nonzero()):,} | {weight.numel():,} |")
+    fixed = prune.count_fixed(model)
+    layers.append(f"| BatchNorm, and the bias of fc | {fixed:,} | {fixed:,} |")
+    layers.append(f"| **Total params** | **{summary.total_params:,}** | 11,181,642 |")
+    layers.append(f"| Total mult-adds (M) | {summary.total_mult_adds / 1e6:.2f} | |")
+    return {
+        "results": "\n".join(results),
+        "layers": "\n".join(layers),
+        "sizes": "\n".join(sizes_table()),
+        "speed": "\n".join(speed_tables(json.loads((HERE / "bench.json").read_text()))),
+    }
+
+
+def sizes_table() -> list[str]:
+    """Accuracies of the networks of the recipe `curve`, means over its seeds, smallest first."""
+    sizes: dict[str, list[dict]] = {}
+    for row in sorted(result_rows(), key=lambda row: int(row["parameters"])):
+        if row["recipe"] == "curve" and row["stem"] == "4":
+            sizes.setdefault(f"{int(row['parameters']):,}", []).append(row)
+    columns = [(size, "pruned", rows) for size, rows in sizes.items()]
+    columns.append(("dense", "student", columns[0][2]))
+    lines = [
+        "| parameters | " + " | ".join(size for size, _, _ in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for split in ("val", "test"):
+        means = [
+            statistics.mean(100 * float(row[f"{stage}_{split}"]) for row in rows)
+            for _, stage, rows in columns
+        ]
+        title = {"val": "validation", "test": "test"}[split]
+        lines.append(f"| {title} | " + " | ".join(f"{mean:.2f}%" for mean in means) + " |")
+    return lines
+
+
+def speed_tables(measured: dict) -> list[str]:
+    """What bench.py measured, as the README shows it."""
+    titles = {
+        "sparse": "**this project, `sparse.py`**",
+        "dense_fp32": "PyTorch, dense, fp32",
+        "dense_bf16": "PyTorch, dense, bf16, BatchNorm folded",
+        "onnxruntime": "ONNX Runtime, dense",
+        "openvino": "OpenVINO, dense",
+    }
+    lines = [
+        f"On {measured['device']}, {measured['threads']} threads, commit {measured['commit']}:",
+        "",
+        "| images/s | " + " | ".join(f"batch {n}" for n in measured["predict"]["sparse"]) + " |",
+        "|---|" + "---|" * len(measured["predict"]["sparse"]),
+    ]
+    for name, title in titles.items():
+        row = [f"{rate:,.0f}" for rate in measured["predict"][name].values()]
+        bold = "**" if name == "sparse" else ""
+        lines.append(f"| {title} | " + " | ".join(f"{bold}{r}{bold}" for r in row) + " |")
+    loops, files = measured["train"], measured["files"]
+    lines += [
+        "",
+        "| step of distillation while pruning, 256 images | ms |",
+        "|---|---|",
+        f"| `train.py` | {loops['ours']:,.0f} |",
+        f"| its networks alone, on a batch that is there already | {loops['bare']:,.0f} |",
+        "| as it is usually written: PIL in DataLoader workers, fp32, metrics at each step "
+        f"| {loops['usual']:,.0f} |",
+        "",
+        "| file | kB | ms to load |",
+        "|---|---|---|",
+    ]
+    for name, title in (
+        ("pruned", "`pruned_resnet18.pth`"),
+        ("plain", "`torch.save(model.state_dict())`"),
+    ):
+        row = files[name]
+        lines.append(f"| {title} | {row['bytes'] / 1000:,.0f} | {row['load_ms']:,.0f} |")
+    return lines
+
+
+def part(text: str, name: str) -> re.Match:
+    """A generated part of the README, `text`: the comment before it, itself, the one behind it."""
+    return re.search(rf"(<!-- {name}.*?-->\n)(.*?)(\n<!-- end of {name} -->)", text, re.S)
+
+
+def add(path: Path) -> None:
+    """Add the rows of `path` that results.csv lacks; runs on all images have no validation, and
+    stay out."""
+    with path.open() as file:
+        new = [row for row in csv.DictReader(file) if row["pruned_val"]]
+    rows = result_rows()
+    checkpoint.write(RESULTS, record.to_csv([*rows, *(row for row in new if row not in rows)]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the README's tables and picture anew.")
+    parser.add_argument("--add", type=Path, metavar="FILE", help="rows to add to results.csv first")
+    args = parser.parse_args(argv)
+    try:
+        if args.add is not None:
+            add(args.add)
+    except (OSError, KeyError) as error:
+        print(f"readme.py: {args.add}: cannot be added ({error})", file=sys.stderr)
+        return 2
+    text = README.read_text()
+    for name, table in tables().items():
+        found = part(text, name)
+        text = text.replace(found[0], found[1] + table + found[3])
+    checkpoint.write(README, text)
+    checkpoint.write(HERE / "sizes.png", plots.sizes(RESULTS, "curve"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
