@@ -54,6 +54,7 @@ VALIDATION = 5000  # images held out for validation, at most a fifth, the same s
 # By the names of --dataset, apart from fashion-mnist, which has sources of its own.
 TORCHVISION = {"mnist": "MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
 DATASETS = ("fashion-mnist", *TORCHVISION)
+MIRRORED = ("fashion-mnist", "cifar10", "folder")  # whose mirrored images still are of their class
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MOST_BYTES = 2**28  # of images that are read at a time
 SIZES = (8, 512)  # of the images, smallest and largest
@@ -216,8 +217,8 @@ def load_train(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """(images, labels) to train on, in a fixed random order, and for validation.
 
-    Held out for validation is what `source` says, else a share of the training images; with
-    `full_train`, nothing.
+    Held out for validation is what `source` says, else a share of the training images; nothing
+    with `full_train`, or if the share is not one image of any class.
     """
     images, labels = load(source, "train")
     if has(source, "val"):
@@ -230,7 +231,7 @@ def load_train(
         train, val = torch.arange(len(labels)), None
     if full_train or has(source, "val"):  # one's own images come class by class
         train = train[torch.randperm(len(train), generator=Generator().manual_seed(0))]
-    kept = None if val is None else (images[val], labels[val])
+    kept = None if val is None or len(val) == 0 else (images[val], labels[val])
     return (images[train], labels[train]), kept
 
 

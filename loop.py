@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,9 @@ import rewrite
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 PLAIN = 0.25  # share of the epochs, the last: whole images, mirrored at random, but not mixed
 CLIP = 1.0  # largest norm of the gradient
-AVERAGE_EVERY, AVERAGE_DECAY = 16, 0.9  # steps; the average of weights looks back about 160 steps
+AVERAGE, UPDATES = 0.03, 10  # the average of weights looks back this share of a training's steps
+LEAST = 75  # steps of an epoch; fewer images are seen several times in it
+FEW, SMALLEST = 16, 32  # while a pass has fewer steps, batches are halved, down to as many images
 REFRESH = 8  # batches from which BatchNorm statistics are taken anew after a cut
 
 
@@ -57,7 +60,6 @@ class Recipe:
     images: int | None = None  # of the training set; None: all
     batch_size: int = 256
     crop_scale: tuple[float, float] = (0.85, 1.0)  # share of the image's area
-    flip: bool = True
     mixup_alpha: float = 0.1
 
 
@@ -95,10 +97,23 @@ class Setup:
         return rewrite.frozen(model, self.device, self.bf16, self.image_size)
 
 
+def lengths(n: int, batch_size: int) -> tuple[int, int, int]:
+    """(images of a batch, steps of a pass over `n` images, passes of an epoch).
+
+    What trains a network is steps. Recipes count epochs, so an epoch has at least LEAST steps.
+    """
+    while n // batch_size < FEW and batch_size >= 2 * SMALLEST:
+        batch_size //= 2
+    batch_size = min(batch_size, n)
+    steps = n // batch_size
+    return batch_size, steps, math.ceil(LEAST / steps)
+
+
 class Images:
     """The resident images of a run, and the batches that training sees of them.
 
-    `images_u8` as in `models.normalize`, `labels` int64 (N,); `val` such a pair, or None.
+    `images_u8` as in `models.normalize`, `labels` int64 (N,); `val` such a pair, or None; `flip`:
+    whether a mirrored image still is of its class.
     """
 
     def __init__(
@@ -108,25 +123,26 @@ class Images:
         classes: int,
         recipe: Recipe,
         val: tuple[Tensor, Tensor] | None = None,
+        flip: bool = True,
     ):
         self.images_u8, self.labels, self.classes = images_u8, labels, classes
-        self.recipe, self.val = recipe, val
-        self.batch_size = min(recipe.batch_size, len(labels))
-        self.steps = len(labels) // self.batch_size
+        self.recipe, self.val, self.flip = recipe, val, flip
+        self.batch_size, self.steps, self.passes = lengths(len(labels), recipe.batch_size)
 
     def epoch(
         self, epoch: int, epochs: int, generator: Generator
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches of one of `epochs`, of which the last see whole images."""
-        return self.batches(generator, plain=epoch >= (1 - PLAIN) * epochs)
+        plain = epoch >= (1 - PLAIN) * epochs
+        return chain.from_iterable(self.batches(generator, plain) for _ in range(self.passes))
 
     def batches(self, generator: Generator, plain: bool = False) -> Iterable[tuple[Tensor, Tensor]]:
-        """One epoch of (images, targets): cropped and mixed unless `plain`, for the networks."""
+        """One pass of (images, targets): cropped and mixed unless `plain`, for the networks."""
         recipe = self.recipe
         scale, alpha = ((1.0, 1.0), 0.0) if plain else (recipe.crop_scale, recipe.mixup_alpha)
         for index in augment.batches(len(self.labels), self.batch_size, generator):
             images = augment.random_resized_crop(
-                self.images_u8[index], generator, scale, flip=recipe.flip
+                self.images_u8[index], generator, scale, flip=self.flip
             )
             targets = F.one_hot(self.labels[index], self.classes).float()
             images, targets = augment.mixup(images, targets, alpha, generator)
@@ -161,10 +177,13 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class Network:
-    """A network in training, with all that a step changes: what a checkpoint must hold."""
+    """A network in training, with all that a step changes: what a checkpoint must hold.
 
-    def __init__(self, model: nn.Module, stage: Stage, setup: Setup):
-        self.stage, self.setup = stage, setup
+    The average takes the weights in after each `average_every` steps of the training.
+    """
+
+    def __init__(self, model: nn.Module, stage: Stage, setup: Setup, average_every: int = 16):
+        self.stage, self.setup, self.average_every = stage, setup, average_every
         model = rewrite.speed_up_(rewrite.trim_(model, setup.image_size))
         self.model = model.to(setup.device, memory_format=torch.channels_last)
         self.trained = self.model
@@ -172,7 +191,7 @@ class Network:
             parallel.synchronize_batchnorm_(self.model)
             self.trained = DistributedDataParallel(self.model)
         self.average = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / UPDATES), use_buffers=True
         )
         self.masks: prune.Masks | None = None
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[stage.optimizer]
@@ -320,12 +339,14 @@ def train_epoch(
     progress: Progress,
     stop: Stop,
     title: str = "",
+    before: int = 0,
 ) -> None:
     """One pass over `batches` of images and targets, with a learning rate for each step.
 
-    Goes on after `progress.step` steps (batches before are drawn again and left out), and returns
-    before the end if it is asked to. Under mixup an answer is right if it is the class with the
-    larger share. The bar, if there is a terminal, reads loss and accuracy ten times.
+    `before` are the steps of the training before these, which the average of weights counts. Goes
+    on after `progress.step` steps (batches before are drawn again and left out), and returns before
+    the end if it is asked to. Under mixup an answer is right if it is the class with the larger
+    share. The bar, if there is a terminal, reads loss and accuracy ten times.
     """
     network.model.train()
     hidden = True if parallel.process() else None  # None: unless there is a terminal
@@ -340,7 +361,7 @@ def train_epoch(
         progress.losses[step] = loss
         progress.accuracy.update(logits, parallel.share(targets).argmax(1))
         progress.step = done = step + 1
-        if done % AVERAGE_EVERY == 0:
+        if (before + done) % network.average_every == 0:
             network.average.update_parameters(network.model)
         if not bar.disable and done % (len(rates) // 10 + 1) == 0 and done < len(rates):
             mean, right = progress.losses[:done].mean().item(), progress.accuracy.compute().item()
@@ -370,8 +391,9 @@ def fit(
     finite.
     """
     stop = stop or Stop()
-    stage, steps = part.stage, images.steps
-    network = Network(model, stage, setup)
+    stage, steps = part.stage, images.passes * images.steps
+    average_every = max(1, round(AVERAGE * stage.epochs * steps / UPDATES))
+    network = Network(model, stage, setup, average_every)
     first, within, best = 0, None, {"score": -1.0}
     if saved is not None:
         network.load_state_dict(saved["network"])
@@ -407,7 +429,8 @@ def fit(
             for step in range(steps)
         ]
         title = f"{part.title}, {epoch + 1}/{stage.epochs}"
-        train_epoch(network, batches(epoch), teacher, rates, progress, stop, title)
+        before = epoch * steps
+        train_epoch(network, batches(epoch), teacher, rates, progress, stop, title, before)
         if progress.step < steps:
             save(state(epoch, progress), None)
             raise KeyboardInterrupt

@@ -132,3 +132,13 @@ def infer(model: nn.Module, images_u8: Tensor, batch_size: int = 250, tta: bool 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of rows of `logits` (N, classes) whose largest entry is at `labels` (N,), in 0..1."""
     return (logits.argmax(1) == labels.to(logits.device)).sum().item() / len(labels)
+
+
+def accuracy_by_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """`accuracy` within each class, (classes,); nan for a class that has no images.
+
+    Its `nanmean()` is balanced accuracy, in which a rare class counts as much as a frequent one.
+    """
+    labels, classes = labels.to(logits.device), logits.shape[1]
+    right = labels[logits.argmax(1) == labels]
+    return right.bincount(minlength=classes) / labels.bincount(minlength=classes)

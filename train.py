@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import math
 import platform
 import signal
 import sys
@@ -108,13 +109,17 @@ def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
 
 
 def prepare(
-    source: data.Source, recipe: Recipe, device: torch.device, full_train: bool = False
+    source: data.Source,
+    recipe: Recipe,
+    device: torch.device,
+    full_train: bool = False,
+    flip: bool = True,
 ) -> tuple[loop.Images, Setup]:
     """The images on the device, split into training and validation, or all for training."""
     (images_u8, labels), val = data.load_train(source, full_train)
     images_u8, labels = images_u8[: recipe.images].to(device), labels[: recipe.images].to(device)
     val = None if val is None else (val[0].to(device), val[1].to(device))
-    images = loop.Images(images_u8, labels, len(source.classes), recipe, val)
+    images = loop.Images(images_u8, labels, len(source.classes), recipe, val, flip)
     return images, Setup(device, models.bf16_pays(device), source.image_size, source.grey)
 
 
@@ -196,23 +201,37 @@ def finish(
     given = given_teacher(run)
     files = [("teacher", given, 0.0)] if given else []
     files += [(part.title, run.path(part), run.minutes_of(part)) for part in parts]
+    sizes = images.labels.bincount(minlength=images.classes)
+    uneven = (sizes.max() > 2 * sizes.min()).item()  # then accuracy says little of rare classes
     stages = []
     for title, path, minutes in files:
         model, meta = checkpoint.load(path, setup.device)
         logits = None if test is None else models.infer(model, test[0])
-        stages.append(
-            {
-                "stage": title,
-                "file": path.name,
-                "kilobytes": round(path.stat().st_size / 1000),
-                "parameters": meta["parameters"],
-                "val_accuracy": meta.get("val_accuracy"),
-                "test_accuracy": None if test is None else models.accuracy(logits, test[1]),
-                "minutes": minutes,
-            }
-        )
-    if test is None and images.val is not None:
-        logits = models.infer(model, images.val[0])
+        stage = {
+            "stage": title,
+            "file": path.name,
+            "kilobytes": round(path.stat().st_size / 1000),
+            "parameters": meta["parameters"],
+            "val_accuracy": meta.get("val_accuracy"),
+            "test_accuracy": None if test is None else models.accuracy(logits, test[1]),
+            "minutes": minutes,
+        }
+        if uneven and test is not None:
+            by_class = models.accuracy_by_class(logits, test[1])
+            stage["test_balanced"] = by_class.nanmean().item()
+        if uneven and images.val is not None:
+            by_class = models.accuracy_by_class(models.infer(model, images.val[0]), images.val[1])
+            stage["val_balanced"] = by_class.nanmean().item()
+        stages.append(stage)
+    by_class = None
+    if images.val is not None:
+        val_logits = models.infer(model, images.val[0])
+        shares = models.accuracy_by_class(val_logits, images.val[1]).tolist()
+        by_class = {
+            name: None if math.isnan(share) else share
+            for name, share in zip(source.classes, shares, strict=True)
+        }
+        logits = val_logits if test is None else logits
     size = source.image_size
     summary = torchinfo.summary(prune.masked(model.cpu()), (1, 3, size, size), verbose=0)
     checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
@@ -220,6 +239,7 @@ def finish(
         {
             "stages": stages,
             "classes": len(source.classes),
+            "val_by_class": by_class,
             "torchinfo_total_params": summary.total_params,
             "device": models.device_name(setup.device),
             "peak_memory_mb": models.peak_memory_mb(setup.device),
@@ -296,15 +316,18 @@ def announce(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> 
     device, precision = models.device_name(setup.device), "bf16" if setup.bf16 else "fp32"
     parallel.say(f"device {device}, {precision}, run {run.folder}")
     recipe, seed = run.settings["recipe_name"], run.settings["seed"]
-    n = images.steps * images.batch_size
-    parallel.say(f"recipe {recipe}, seed {seed}, {n:,} images an epoch")
+    shown = f"{len(images.labels):,} images{'' if images.flip else ', never mirrored'}"
+    shown += f", {images.passes} times an epoch" if images.passes > 1 else ""
+    shown += f", batches of {images.batch_size}"
+    shown += ", none for validation" if images.val is None else ""
+    parallel.say(f"recipe {recipe}, seed {seed}, {shown}")
     seconds = measure(run, parts, images, setup)
     total = 0.0
     for stage in seconds:
         ours = [part for part in parts if part.name == stage]
         done = sum(run.epochs_done(part) for part in ours)
         epochs = sum(part.stage.epochs for part in ours) - done
-        minutes = epochs * images.steps * seconds[stage] / 60
+        minutes = epochs * images.passes * images.steps * seconds[stage] / 60
         total += minutes
         listed = " + ".join(str(part.stage.epochs) for part in ours)
         known = f" ({done} are done)" if done else ""
@@ -356,8 +379,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=models.STEMS,
         default=4,
         help="total stride of the first layers of both networks: 4, torchvision's (default); for "
-        "small images 2, 3x3 with stride 1 and the max-pool: 5 times the work; or 1, without the "
-        "max-pool: 17 times",
+        "images below about 64 pixels 2, 3x3 with stride 1 and the max-pool, is one or two points "
+        "better: 5 times the work; or 1, without the max-pool: 17 times",
     )
     what.add_argument("--budget", type=int, metavar="N", help="parameters left (default 100000)")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
@@ -369,6 +392,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     what.add_argument(
         "--full-train", action="store_true", help="train on all images, without validation"
+    )
+    what.add_argument(
+        "--no-flip",
+        action="store_true",
+        help="never mirror images: for letters, digits, arrows, left and right (default: half of "
+        "the time, but mnist and kmnist never)",
     )
     where = parser.add_argument_group("where")
     where.add_argument("--name", help="of the run, a folder in runs/ (default <recipe>-seed<seed>)")
@@ -401,7 +430,7 @@ def start(args: argparse.Namespace) -> None:
         parallel.wait()  # until process 0 has the folder
     with record.lock(record.RUNS / name) if parallel.process() == 0 else contextlib.nullcontext():
         recipe = RECIPES[args.recipe]
-        images, setup = prepare(source, recipe, device, args.full_train)
+        images, setup = prepare(source, recipe, device, args.full_train, settings["flip"])
         machine = {
             "kind": device.type,
             "threads": torch.get_num_threads(),
@@ -439,9 +468,9 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
     name = args.name or f"{args.recipe}{images}{stem}-seed{args.seed}"
     if Path(name).name != name or name in (".", ".."):
         raise UsageError(f"--name {name}: a name, not a path")
-    for split in ("train", "val", "test"):
-        if data.has(source, split):
-            data.load(source, split)
+    (_, labels), _ = data.load_train(source, args.full_train)
+    if data.has(source, "test"):
+        data.load(source, "test")
     classes = len(source.classes)
     try:
         probe = models.build("resnet18", classes, args.imagenet, args.stem)
@@ -466,9 +495,10 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
             raise UsageError(
                 f"{args.teacher}: has {meta['num_classes']} classes, the images have {classes}"
             )
-    if recipe.batch_size % parallel.processes():
+    batch_size, _, _ = loop.lengths(len(labels[: recipe.images]), recipe.batch_size)
+    if batch_size % parallel.processes():
         raise UsageError(
-            f"{parallel.processes()} processes cannot share batches of {recipe.batch_size} equally"
+            f"{parallel.processes()} processes cannot share batches of {batch_size} equally"
         )
     return name, {
         "recipe": asdict(recipe),
@@ -479,6 +509,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
         "teacher": teacher,
         "imagenet": args.imagenet,
         "full_train": args.full_train,
+        "flip": source.name in data.MIRRORED and not args.no_flip,
         "dataset": source.name if source.name != "folder" else str(source.path.resolve()),
         "image_size": source.image_size,
         "grey": source.grey,

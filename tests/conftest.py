@@ -16,6 +16,7 @@ import tiny as shrunk
 
 import checkpoint
 import data
+import loop
 import models
 import prune
 import record
@@ -50,6 +51,7 @@ def wide(monkeypatch, tmp_path, tiny_data) -> list[str]:
     monkeypatch.setattr(record, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results.csv")
     monkeypatch.setattr(data, "VALIDATION", shrunk.VALIDATION)
+    monkeypatch.setattr(loop, "LEAST", shrunk.LEAST)
     return ["--quick", "--device", "cpu", "--data", str(tiny_data)]
 
 

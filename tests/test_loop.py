@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator
 
+import augment
 import data
 import loop
 import models
@@ -37,10 +38,12 @@ def test_the_learning_rate_rises_for_a_tenth_and_ends_at_zero():
     assert 0.09 < max(rates) <= 0.1 and rates[-1] == pytest.approx(0)
 
 
-def test_the_last_epochs_see_whole_images():
+def test_the_last_epochs_see_whole_images(monkeypatch):
     generator = Generator().manual_seed(0)
     images_u8 = torch.randint(0, 256, (300, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (300,), generator=generator)
+    monkeypatch.setattr(loop, "LEAST", 1)
+    monkeypatch.setattr(loop, "FEW", 1)
     recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=100)
     images = loop.Images(images_u8, labels, 10, recipe)
     whole = models.normalize(images_u8).flatten(1)
@@ -58,6 +61,71 @@ def test_the_last_epochs_see_whole_images():
         if plain:
             assert sorted(n % 300 for n in seen) == list(range(300))
             assert 100 < sum(n < 300 for n in seen) < 200
+
+
+@pytest.mark.parametrize("n", [55_000, 50_000, 8_000])
+def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        augment, "random_resized_crop", lambda images, *_, **__: seen.append(images)
+    )
+    monkeypatch.setattr(augment, "mixup", lambda images, targets, *_: (images, targets))
+    monkeypatch.setattr(models, "normalize", lambda images: images)
+    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=256 if n > 9_000 else 100)
+    images = loop.Images(torch.arange(n), torch.zeros(n, dtype=torch.long), 2, recipe)
+    assert images.passes == 1 and images.batch_size == recipe.batch_size
+    list(images.epoch(0, 10, Generator().manual_seed(7)))
+    expected = list(augment.batches(n, recipe.batch_size, Generator().manual_seed(7)))
+    assert len(seen) == images.steps
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [256, 128])
+@pytest.mark.parametrize("n", [1, 20, 33, 160, 1_150, 2_000, 5_000, 10_000, 20_000])
+def test_few_images_are_seen_several_times_in_smaller_batches(n, batch_size):
+    batch, steps, passes = loop.lengths(n, batch_size)
+    assert batch <= min(n, batch_size) and steps == n // batch
+    assert loop.LEAST <= passes * steps < loop.LEAST + steps
+    assert batch >= min(n, loop.SMALLEST)
+    assert batch in (batch_size, n) or (batch_size / batch).is_integer()
+    assert steps >= loop.FEW or batch < 2 * loop.SMALLEST
+
+
+def test_each_pass_of_an_epoch_is_shuffled_anew():
+    images_u8 = torch.arange(100, dtype=torch.uint8)[:, None, None].expand(-1, 8, 8)
+    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=50)
+    images = loop.Images(images_u8, torch.arange(100), 100, recipe)
+    assert (images.batch_size, images.steps, images.passes) == (50, 2, 38)
+    seen = [t.argmax(1) for _, t in images.epoch(9, 10, Generator().manual_seed(0))]
+    assert len(seen) == 76
+    passes = torch.cat(seen).view(38, 100)
+    assert torch.equal(passes.sort(1).values, torch.arange(100).expand(38, 100))
+    assert len(passes.unique(dim=0)) == 38
+
+
+def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypatch):
+    """80 epochs of four steps: every 10 steps, though an epoch is over before."""
+    taken, steps = [], []
+    monkeypatch.setattr(loop, "LEAST", 4)
+    monkeypatch.setattr(loop, "FEW", 1)
+    monkeypatch.setattr(loop, "AVERAGE", 10 * loop.UPDATES / 320)
+    monkeypatch.setattr(loop, "validate", lambda *_: None)
+    monkeypatch.setattr(
+        torch.optim.swa_utils.AveragedModel,
+        "update_parameters",
+        lambda self, model: taken.append(len(steps)),
+    )
+
+    def step(self, images, targets, teacher, rate):
+        steps.append(rate)
+        return torch.zeros(()), targets
+
+    monkeypatch.setattr(loop.Network, "step", step)
+    recipe = loop.Recipe(loop.Stage(80), loop.Stage(1), (), batch_size=2)
+    images = loop.Images(torch.zeros(8, 28, 28), torch.arange(8), 10, recipe)
+    part = loop.Part("teacher", recipe.teacher, 0, "teacher.pth")
+    loop.fit(part, models.build("resnet18", 10), None, images, SETUP, seed=0)
+    assert taken == list(range(10, 321, 10))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -105,10 +173,9 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
         teacher=loop.Stage(6),
         images=None,
         mixup_alpha=0.0,
-        flip=False,
     )
     train.RECIPES["quick"] = recipe  # restored by the fixture
-    images, setup = train.prepare(data.find(tiny_data), recipe, torch.device("cpu"))
+    images, setup = train.prepare(data.find(tiny_data), recipe, torch.device("cpu"), flip=False)
     torch.manual_seed(0)
     part, rows = loop.Part("teacher", recipe.teacher, 0, "teacher.pth"), []
     model = loop.fit(

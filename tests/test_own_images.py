@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 
 import checkpoint
 import data
+import loop
+import models
 import predict
 import train
 
@@ -35,11 +38,12 @@ def colour(folder, n=8, classes=10):
     """CIFAR-10's shape: 32x32 in colour, ten classes."""
     rng = np.random.default_rng(0)
     for label in range(classes):
-        place = folder / "train" / f"class{label}"
+        place = folder / "train" / f"class{label:02}"
         place.mkdir(parents=True)
         for i in range(n):
             image = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8)
-            image[3 * label : 3 * label + 3, :, label % 3] += 150
+            row = 3 * (label % 10)
+            image[row : row + 3, :, label % 3] += 150
             Image.fromarray(image).save(place / f"{i}.png")
     return folder
 
@@ -115,6 +119,63 @@ def test_colour_images_through_the_whole_chain(tiny, tmp_path, capsys):
     assert predictions[0] == predictions[1] and len(predictions[0]) == 80
     assert predict.main(["-w", weights, "-o", str(out)]) == 2
     assert "give IMAGES" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("n", "classes"), [(12, 2), (2, 100)])
+def test_few_and_many_classes(n, classes, tiny, tmp_path, capsys):
+    """Of a hundred classes of two images none can be held out for validation."""
+    folder = colour(tmp_path / "own", n, classes)
+    flags = ["--quick", "--device", "cpu", "--data", str(folder), "--name", "own", "--no-flip"]
+    assert train.main(flags) == 0
+    _, meta = checkpoint.load(tmp_path / "runs" / "own" / "pruned_resnet18.pth")
+    assert meta["parameters"] == 100_000 and len(meta["classes"]) == classes
+    printed = capsys.readouterr().out
+    assert ", never mirrored" in printed and ("none for validation" in printed) == (n < 5)
+    record = json.loads((tmp_path / "runs" / "own" / "run.json").read_text())
+    assert record["settings"]["flip"] is False and "val_balanced" not in record["stages"][-1]
+
+
+def test_uneven_classes_have_balanced_accuracy_and_one_for_each(tiny, folder, tmp_path, capsys):
+    for i in range(6, 30):
+        (folder / "train" / "left" / f"{i}.png").unlink()
+    (folder / "test" / "right" / "0.png").unlink()
+    flags = ["--quick", "--device", "cpu", "--data", str(folder), "--name", "own"]
+    assert train.main(flags) == 0
+    assert "val bal." in capsys.readouterr().out
+    run = tmp_path / "runs" / "own"
+    record = json.loads((run / "run.json").read_text())
+    model, _ = checkpoint.load(run / "pruned_resnet18.pth")
+    source = data.find(folder)
+    _, val = data.load_train(source, full_train=False)
+    for split, (images, labels) in (("val", val), ("test", data.load(source, "test"))):
+        right = models.infer(model, images).argmax(1) == labels
+        by_class = [right[labels == c].float().mean().item() for c in range(3)]
+        balanced = record["stages"][-1][f"{split}_balanced"]
+        assert balanced == pytest.approx(np.mean(by_class), abs=1e-6)
+        if split == "val":
+            known = dict(zip(source.classes, by_class, strict=True))
+            assert record["val_by_class"] == pytest.approx(known)
+
+
+def test_only_images_that_stay_of_their_class_are_mirrored(tiny, folder):
+    def flip(*flags, name="folder"):
+        args = train.parse([*tiny, "--data", str(folder), *flags])
+        source = replace(data.find(folder), name=name)
+        return train.check(args, source)[1]["flip"] if name == "folder" else name in data.MIRRORED
+
+    assert flip() and not flip("--no-flip")
+    known = {name: flip(name=name) for name in data.DATASETS}
+    assert known == {"fashion-mnist": True, "mnist": False, "kmnist": False, "cifar10": True}
+
+
+def test_without_flip_no_image_is_mirrored():
+    images_u8 = torch.arange(28, dtype=torch.uint8).expand(100, 28, 28).contiguous()
+    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=50)
+    for flip in (True, False):
+        images = loop.Images(images_u8, torch.zeros(100).long(), 2, recipe, flip=flip)
+        batch, _ = next(iter(images.batches(torch.Generator().manual_seed(0))))
+        mirrored = (batch[:, 0, 14, 0] > batch[:, 0, 14, -1]).sum()
+        assert 10 < mirrored < 40 if flip else mirrored == 0
 
 
 def test_images_of_all_kinds_are_read(tmp_path):

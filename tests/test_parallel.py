@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import faults
@@ -63,6 +64,12 @@ def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "processes", lambda: 3)
     assert train.main(tiny) == 2
     assert "3 processes cannot share batches of 16 equally" in capsys.readouterr().err
+    # The recipe's batches could be shared, but shrink for 160 images.
+    recipe = replace(train.RECIPES["quick"], images=None, batch_size=256)
+    monkeypatch.setitem(train.RECIPES, "quick", recipe)
+    monkeypatch.setattr(parallel, "processes", lambda: 64)
+    assert train.main(tiny) == 2
+    assert "64 processes cannot share batches of 32 equally" in capsys.readouterr().err
 
 
 def _batchnorm(rank, port, results):
