@@ -35,6 +35,7 @@ import export
 import models
 import prune
 import rewrite
+import shell
 import sparse
 import train
 
@@ -372,4 +373,4 @@ def all_parts(flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(shell.run(main))

@@ -50,6 +50,7 @@ import parallel
 import plots
 import prune
 import rewrite
+import shell
 
 # --- recipes ------------------------------------------------------------------------------------
 
@@ -1060,4 +1061,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(shell.run(main))

@@ -212,7 +212,7 @@ def test_a_data_set_that_cannot_be_had_is_said_so(monkeypatch, tmp_path):
 
 
 def test_idx_and_npy_files_are_streamed(tmp_path, shipped_like, monkeypatch):
-    monkeypatch.setattr(predict, "CHUNK", 7)
+    monkeypatch.setattr(data, "CHUNK", 7)
     images = shrunk.images()["test_images"]
     raw = shrunk.idx_bytes(images)
     (tmp_path / "a-idx3-ubyte").write_bytes(raw)
