@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ SAID = "import shell, sys\nsys.exit(shell.run(lambda: {}))"
 def test_a_closed_pipe_ends_a_script_without_a_word(script):
     """As `| head` does; all scripts print their help on the way that they print everything."""
     command = f"{sys.executable} {ROOT / script} --help | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (141, "")
 
 
