@@ -38,6 +38,7 @@ import models
 import prune
 import record
 import rewrite
+import shell
 import sparse
 import train
 
@@ -371,4 +372,4 @@ def all_parts(flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(shell.run(main))

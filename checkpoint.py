@@ -18,12 +18,14 @@ Shapes are not stored: they follow from arch, stem (if absent, 4) and num_classe
 file, one with gaps, the four tensors are compressed without loss, see `_pack`.
 """
 
+import argparse
 import contextlib
 import io
 import lzma
 import os
 import pickle
 import re
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -34,6 +36,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
+import data
 import models
 import prune
 
@@ -47,6 +50,10 @@ DTYPES = {
     "others": torch.float32,
     "integers": torch.int64,
 }
+STRANGERS = (  # dtypes of others' weights, masks and counters
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.bool, torch.uint8, torch.int32, torch.int64,
+)  # fmt: skip
 # Single bytes are modelled, without their neighbours: weights have no words to look for.
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "pb": 0, "dict_size": 2**20}]
 
@@ -58,23 +65,59 @@ class CheckpointError(Exception):
 # --- files --------------------------------------------------------------------------------------
 
 
+def output(text: str) -> Path:
+    """The path of an output on the command line, for argparse; "-" is standard output."""
+    return Path("/dev/stdout" if text == "-" else text)
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether `path` is this process's standard output, by whatever name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:
+        return False
+
+
+def _target(path: Path) -> Path | None:
+    """The file that `path` leads to; None for a device or a pipe, which cannot be replaced."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(0, "its links go round in a circle")
+    if target.is_dir():
+        raise OSError(0, "is a folder")
+    return None if is_stdout(path) or (target.exists() and not target.is_file()) else target
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; it becomes `path` at the end, or, on an error, leaves no trace.
 
-    Raises CheckpointError if the disk is full, or the folder gone or read-only.
+    A link stays, what it leads to is replaced. Devices and pipes are written to directly. Raises
+    CheckpointError if the disk is full, or the folder gone or read-only; BrokenPipeError.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = None
     try:
-        with scratch.open("wb") as file:
+        target = _target(path)
+        if is_stdout(path):  # opened anew, a file would lose what is in it
+            sys.stdout.flush()
+            file = open(1, "wb", closefd=False)  # noqa: SIM115
+        elif target is None:
+            file = path.open("wb")
+        else:
+            scratch = target.with_name(f".{target.name}.{os.getpid()}")
+            file = scratch.open("wb")
+        with file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+            if scratch:
+                os.fsync(file.fileno())
+        if scratch:
+            scratch.replace(target)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        if isinstance(error, OSError):
+        if scratch:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise CheckpointError(
                 f"{path}: cannot be written ({error.strerror}); once that is put right, the same "
                 "command goes on"
@@ -94,15 +137,26 @@ def write(path: Path, content: object) -> None:
         file.write(content)
 
 
-def check_output(path: Path) -> None:
-    """Raise CheckpointError unless `write` can write to `path`; for use before the work."""
+def check_output(path: Path, *others: Path) -> None:
+    """Raise CheckpointError unless `writing` can write to `path`, for use before the work.
+
+    Nor may it be one of `others`, which are read or written as well.
+    """
     try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        target = _target(path)
+        if target is not None:
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+        elif not os.access(path, os.W_OK):
+            raise OSError(0, "not allowed")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+    there = path.exists()
+    for other in others:
+        if there == other.exists() and (
+            path.samefile(other) if there else target == _target(other)
+        ):
+            raise CheckpointError(f"{path}: cannot be written, it is the same file as {other}")
 
 
 def read(path: str | Path) -> object:
@@ -196,19 +250,23 @@ def _unpack(packed: Tensor, dtype: torch.dtype, most: int) -> Tensor:
     return planes.t().contiguous().view(-1).view(dtype)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", stem: int | None = None
+) -> tuple[nn.Module, dict]:
     """`(model, meta)`: a ResNet of `models.build` in eval mode, and what the file says of itself.
 
     Takes files of `save`, plain state dicts, and those with `torch.nn.utils.prune` masks
     (`weight_orig`, `weight_mask`), also inside "model_state_dict" or "state_dict" and with a prefix
-    such as `resnet50.` on all keys. For these, meta holds what the weights show. Raises
-    CheckpointError.
+    such as `resnet50.` on all keys. For these, meta holds what the weights show; they do not show
+    the max-pool of a stem of 3x3, which is 1 unless `stem` says 2. Raises CheckpointError.
     """
     content = read(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         model, meta = _from_file(path, content)
     else:
-        model, meta = _from_state_dict(path, content)
+        model, meta = _from_state_dict(path, content, stem)
+    if stem not in (None, meta["stem"]):
+        raise CheckpointError(f"{path}: its stem is {meta['stem']}, not {stem}")
     if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
         raise CheckpointError(f"{path}: has weights that are not finite")
     parameters = prune.count(model)
@@ -217,6 +275,52 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     if parameters > meta.get("budget", parameters):
         raise CheckpointError(f"{path}: has {parameters} parameters, over its {meta['budget']}")
     return model.to(device).eval(), meta
+
+
+def add_image_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags whose values `complete_` takes."""
+    parser.add_argument(
+        "--image-size", type=int, metavar="N",
+        help="pixels a side that the network is for, if the weights do not say (28)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--colour", action="store_true", help="it is for colour images, if they do not say"
+    )
+    parser.add_argument(
+        "--stem", type=int, choices=models.STEMS,
+        help="total stride of its first layers, if they do not say (4 if 7x7, 1 if 3x3)",
+    )  # fmt: skip
+
+
+def complete_(
+    meta: dict, path: str | Path, image_size: int | None, colour: bool, stem: int | None
+) -> str | None:
+    """Add what a user says, else 28 and grey, if the file at `path` does not say what it is for.
+
+    Returns a line for the user if something had to be assumed. Raises CheckpointError if file and
+    user differ.
+    """
+    if image_size is not None and not data.SIZES[0] <= image_size <= data.SIZES[1]:
+        raise CheckpointError(
+            f"--image-size {image_size}: possible are {data.SIZES[0]} to {data.SIZES[1]}"
+        )
+    silent = "image_size" not in meta
+    for key, said, default in (
+        ("image_size", image_size, 28),
+        ("grey", False if colour else None, True),
+    ):
+        known = meta.setdefault(key, default if said is None else said)
+        if said not in (None, known):
+            flag = "--colour" if key == "grey" else f"--image-size {said}"
+            raise CheckpointError(f"{path}: {flag}, but it is for {_images(meta)} images")
+    if silent and (image_size is None or (stem is None and meta["stem"] == 1)):
+        guess = ", stem 1" if meta["stem"] == 1 else ""
+        return f"{path} does not say what images it is for: taken to be {_images(meta)}{guess}"
+    return None
+
+
+def _images(meta: dict) -> str:
+    return "{0}x{0}, {1}".format(meta["image_size"], "grey" if meta.get("grey", True) else "colour")
 
 
 def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
@@ -240,12 +344,14 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         "dataset": str,
         "classes": list,
     }
-    if not all(isinstance(meta[key], kind) for key, kind in kinds.items() if key in meta):
+    if not all(type(meta[key]) is kind for key, kind in kinds.items() if key in meta):
         raise broken
     classes = meta.get("classes", ["?"] * meta["num_classes"])
     if len(classes) != meta["num_classes"]:
         raise broken
-    if not all(isinstance(c, str) for c in classes) or not 0 < meta.get("image_size", 28) <= 512:
+    if not all(isinstance(c, str) for c in classes) or not (
+        0 < meta.get("image_size", 28) <= data.SIZES[1]
+    ):
         raise broken
     if meta.get("arch") not in models.ARCHITECTURES:
         raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")
@@ -263,9 +369,7 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         if name == "gaps" and not packed:
             continue
         wanted = torch.uint8 if packed else dtype
-        if not isinstance(part, Tensor) or part.dtype != wanted or part.dim() != 1:
-            raise broken
-        if not part.is_contiguous():  # one number in the file can be a million by a stride of 0
+        if not _is_plain(part) or part.dtype != wanted or part.dim() != 1:
             raise broken
         try:
             parts[name] = _unpack(part, dtype, len(flat)) if packed else part
@@ -297,7 +401,7 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     return model, meta
 
 
-def _from_state_dict(path: str | Path, content: object) -> tuple[nn.Module, dict]:
+def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tuple[nn.Module, dict]:
     """A model from anybody's state dict."""
     for key in ("model_state_dict", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -306,14 +410,18 @@ def _from_state_dict(path: str | Path, content: object) -> tuple[nn.Module, dict
         isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
     ):
         raise CheckpointError(f"{path}: holds no state dict")
+    for name, tensor in content.items():
+        if not _is_plain(tensor) or tensor.dtype not in STRANGERS:
+            raise CheckpointError(f"{path}: {name} is not a plain tensor of numbers")
     marker = [name for name in content if re.search(r"(^|\.)conv1\.weight(_orig)?$", name)]
     prefix = min(marker, key=len).rpartition("conv1.")[0] if marker else ""
     state = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    for name in [name for name in state if name.endswith("_orig")]:
-        mask = state.pop(f"{name[:-5]}_mask", None)
-        if mask is None or mask.shape != state[name].shape:
-            raise CheckpointError(f"{path}: {name} has no mask that fits")
-        state[name[:-5]] = state.pop(name) * mask
+    masks = {}
+    for name in [name[:-5] for name in state if name.endswith("_orig")]:
+        masks[name] = state.pop(f"{name}_mask", None)
+        state[name] = state.pop(f"{name}_orig")
+        if masks[name] is None or masks[name].shape != state[name].shape:
+            raise CheckpointError(f"{path}: {name}_orig has no mask that fits")
     arch = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18"
     fc = state.get("fc.weight")
     if fc is None or fc.dim() != 2 or not 0 < len(fc) <= CLASSES:
@@ -321,7 +429,10 @@ def _from_state_dict(path: str | Path, content: object) -> tuple[nn.Module, dict
             f"{path}: not the weights of a torchvision ResNet, fc.weight is missing"
         )
     first = state.get("conv1.weight")
-    stem = 1 if first is not None and first.shape[2:] == (3, 3) else 4
+    if first is None or first.shape[2:] != (3, 3):
+        stem = 4
+    elif stem != 2:  # the max-pool leaves no trace
+        stem = 1
     model = models.build(arch, len(fc), stem=stem)
     own = model.state_dict()
     for name in own:
@@ -330,7 +441,23 @@ def _from_state_dict(path: str | Path, content: object) -> tuple[nn.Module, dict
         if state[name].shape != own[name].shape:
             shapes = f"{tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
             raise CheckpointError(f"{path}: not a torchvision {arch}, {name} is {shapes}")
+        if state[name].is_floating_point() != own[name].is_floating_point():
+            raise CheckpointError(
+                f"{path}: not a torchvision {arch}, {name} is {state[name].dtype}"
+            )
     if extra := sorted(state.keys() - own.keys()):
         raise CheckpointError(f"{path}: not a torchvision {arch}, it also has {extra[0]}")
-    model.load_state_dict(state)
+    model.load_state_dict(
+        {name: t * masks[name] if name in masks else t for name, t in state.items()}
+    )
     return model, {"arch": arch, "num_classes": len(fc), "stem": stem}
+
+
+def _is_plain(tensor: object) -> bool:
+    """A tensor whose numbers are all there: a stride of 0 makes one number in a file a billion."""
+    return (
+        isinstance(tensor, Tensor)
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and not (tensor.is_quantized or tensor.is_nested)
+        and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+    )

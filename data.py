@@ -4,9 +4,11 @@ Fashion-MNIST by default; by name, other data sets that torchvision has; or a fo
 `train/<class>/*.png|jpg`, with optional `val/` and `test/`.
 """
 
+import contextlib
 import gzip
 import hashlib
 import math
+import os
 import shutil
 import subprocess
 import tempfile
@@ -16,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch import Generator, Tensor
 
 CLASSES = (
@@ -50,13 +54,16 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
 CACHE_DIR = Path(__file__).resolve().parent / "data"
 DEBIAN_CACHE = CACHE_DIR / "debian"
+LUMINANCE = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
 VALIDATION = 5000  # images held out for validation, at most a fifth, the same share of each class
 # By the names of --dataset, apart from fashion-mnist, which has sources of its own.
 TORCHVISION = {"mnist": "MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
 DATASETS = ("fashion-mnist", *TORCHVISION)
 MIRRORED = ("fashion-mnist", "cifar10", "folder")  # whose mirrored images still are of their class
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-MOST_BYTES = 2**28  # of images that are read at a time
+CHUNK = 10_000  # images in memory at a time, for prediction; and how many bytes of them
+MOST_BYTES = 2**28
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")  # PIL's modes
 SIZES = (8, 512)  # of the images, smallest and largest
 
 
@@ -98,13 +105,52 @@ def find(
     return Source(dataset, path, tuple(known.classes), image_size or size, grey)
 
 
+def find_for(weights: str | Path, meta: dict, folder: str | Path | None = None) -> Source:
+    """Where the images are, in `folder` or else found, that weights are for of which `meta` is
+    known. Raises DataError, also if the images are of other classes."""
+    name = meta.get("dataset", "fashion-mnist")
+    if name == "folder" and folder is None:
+        raise DataError(f"{weights}: trained on own images; give IMAGES or --data")
+    source = find(folder, name if name in DATASETS else "fashion-mnist", meta["image_size"])
+    if meta["num_classes"] != len(source.classes):
+        raise DataError(
+            f"{weights}: has {meta['num_classes']} classes, the images {len(source.classes)}"
+        )
+    theirs = tuple(meta.get("classes", source.classes))
+    if theirs != source.classes:
+        raise DataError(
+            f"{weights}: is for the classes {', '.join(theirs)}, but {source.path} has "
+            f"{', '.join(source.classes)}"
+        )
+    if not has(source, "test"):
+        raise DataError(f"{source.path}: has no test/; give IMAGES")
+    return source
+
+
 def _torchvision(dataset: str, path: Path, train: bool):
     """torchvision's data set, downloaded if it is not in `path`."""
+    kind = getattr(torchvision.datasets, TORCHVISION[dataset])
+    with contextlib.suppress(Exception):
+        return kind(path, train, download=False)
     try:
-        return getattr(torchvision.datasets, TORCHVISION[dataset])(path, train, download=True)
+        with _fetching() if path == CACHE_DIR else contextlib.nullcontext():
+            with contextlib.suppress(Exception):  # another process has fetched it meanwhile
+                return kind(path, train, download=False)
+            if path == CACHE_DIR:
+                shutil.rmtree(path / TORCHVISION[dataset], ignore_errors=True)
+            return kind(path, train, download=True)
     except Exception as error:  # torchvision lets out whatever stops it
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: {dataset} is not there, and not to be had ({reason})") from None
+
+
+def _fetching() -> filelock.FileLock:
+    """Held by the one process that may change what is in CACHE_DIR; others wait.
+
+    Who holds it and finds no whole data set knows that what is there are halves.
+    """
+    CACHE_DIR.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(CACHE_DIR.with_name(f".{CACHE_DIR.name}.lock"))
 
 
 def _find_fashion_mnist(folder: str | Path | None) -> Path:
@@ -116,16 +162,22 @@ def _find_fashion_mnist(folder: str | Path | None) -> Path:
             f"{folder}: neither the four Fashion-MNIST files (*-ubyte.gz) nor a folder train/ are "
             "there"
         )
+    if found := _find_whole():
+        return found
     reasons = []
-    for fetch in (None, _fetch_torchvision, _fetch_debian):
-        try:
-            if fetch is not None:
-                fetch()
-        except Exception as error:  # whatever stops one source, the next is tried
-            reasons.append(" ".join(str(error).split())[:200])
-        for place in (DEBIAN_DIR, CACHE_DIR, DEBIAN_CACHE):
-            if found := _within(place):
-                return found
+    try:
+        with _fetching():
+            for fetch in (lambda: None, _fetch_torchvision, _fetch_debian):
+                try:
+                    fetch()
+                except Exception as error:  # whatever stops one source, the next is tried
+                    reasons.append(" ".join(str(error).split())[:200])
+                if found := _find_whole():
+                    return found
+                for half in (CACHE_DIR / "FashionMNIST", DEBIAN_CACHE):
+                    shutil.rmtree(half, ignore_errors=True)
+    except OSError as error:
+        reasons.append(str(error))
     raise DataError(
         f"Fashion-MNIST was not found and could not be fetched ({'; '.join(reasons)}); give a "
         "folder with its four *-ubyte.gz files as --data DIR, or install the Debian package "
@@ -138,6 +190,20 @@ def _within(folder: Path) -> Path | None:
     for place in (folder, folder / "FashionMNIST" / "raw"):
         if all((place / name).is_file() or (place / name[:-3]).is_file() for name in ARCHIVES):
             return place
+    return None
+
+
+def _find_whole() -> Path | None:
+    """A folder with all four files, none damaged: Debian's, or of what was fetched before."""
+    for place in (DEBIAN_DIR, CACHE_DIR, CACHE_DIR / "FashionMNIST" / "raw", DEBIAN_CACHE):
+        if found := _within(place):
+            with contextlib.suppress(DataError):
+                for name in ARCHIVES:
+                    if (found / name).is_file():
+                        _read_archive(found / name)
+                    else:
+                        _read_idx(found, name, dims=3 if "images" in name else 1)
+                return found
     return None
 
 
@@ -180,15 +246,37 @@ def load(source: Source, split: str) -> tuple[Tensor, Tensor]:
     Returns uint8 images (N, H, H), or (N, 3, H, H) if in colour, and int64 labels (N,). Raises
     DataError for wrong checksums, truncated files, unreadable images, ...
     """
+    images, labels = zip(*pieces(source, split), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def pieces(source: Source, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `load` returns, as many at a time as `most` allows."""
     if source.name == "folder":
-        return _read_classes(source, split)
-    if source.name == "fashion-mnist":
+        images, labels = _list_classes(source, split)
+    elif source.name == "fashion-mnist":
         images, labels = _load_idx(source.path, split)
     else:
         known = _torchvision(source.name, source.path, train=split == "train")
         images, labels = torch.as_tensor(known.data), torch.as_tensor(known.targets)
         images = images if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    return fit(images, source.image_size, source.grey), labels
+    prepare = read_images if source.name == "folder" else fit
+    chunk = most(source.image_size, source.grey)
+    for start in range(0, len(labels), chunk):
+        part = slice(start, start + chunk)
+        yield prepare(images[part], source.image_size, source.grey), labels[part]
+
+
+def files(source: Source, split: str) -> list[Path]:
+    """The files that `pieces` reads (not those of torchvision)."""
+    if source.name == "folder":
+        return _list_classes(source, split)[0]
+    return [source.path / name for archive in ARCHIVES for name in (archive, archive[:-3])]
+
+
+def most(size: int, grey: bool) -> int:
+    """How many images of `size` pixels a side are kept in memory at a time, before prediction."""
+    return max(1, min(CHUNK, MOST_BYTES // ((1 if grey else 3) * size**2)))
 
 
 def has(source: Source, split: str) -> bool:
@@ -227,6 +315,11 @@ def load_train(
         images, labels = torch.cat([images, more]), torch.cat([labels, their])
     else:
         train, val = split_validation(labels, min(VALIDATION, len(labels) // 5))
+        if not full_train and len(val) == 0:
+            raise DataError(
+                f"{source.path}: no class has two images, so none can be held out for validation; "
+                "give more, or a folder val/, or --full-train"
+            )
     if full_train:
         train, val = torch.arange(len(labels)), None
     if full_train or has(source, "val"):  # one's own images come class by class
@@ -236,16 +329,24 @@ def load_train(
 
 
 def fit(images_u8: Tensor, size: int, grey: bool) -> Tensor:
-    """uint8 images (N, H, W) or (N, 3, H, W) as a network takes them: `size` pixels a side, grey
-    (by luminance) if it knows no colours."""
-    if grey and images_u8.dim() == 4:
-        luminance = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-        images_u8 = (images_u8 * luminance).sum(1).round().to(torch.uint8)
-    if images_u8.shape[-2:] != (size, size):
-        images = images_u8.float() if images_u8.dim() == 4 else images_u8[:, None].float()
-        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        images_u8 = images.round().clamp(0, 255).to(torch.uint8).squeeze(1)
-    return images_u8
+    """uint8 images (N, H, W) or (N, 3, H, W) as a network takes them: (N, size, size), by
+    luminance, if it knows no colours, else (N, 3, size, size)."""
+    if not grey and images_u8.dim() == 3:
+        images_u8 = images_u8[:, None].expand(-1, 3, -1, -1)
+    if images_u8.dim() == 4 - grey and images_u8.shape[-2:] == (size, size):
+        return images_u8
+    shape = (size, size) if grey else (3, size, size)
+    fitted = torch.empty((len(images_u8), *shape), dtype=torch.uint8)
+    pixels = max(math.prod(images_u8.shape[1:]), math.prod(shape))
+    piece = max(1, MOST_BYTES // 16 // pixels)  # in float32, and more than once
+    for part, out in zip(images_u8.split(piece), fitted.split(piece), strict=True):
+        images = part.float() if part.dim() == 4 else part[:, None].float()
+        if grey and images.shape[1] == 3:
+            images = (images * LUMINANCE).sum(1, keepdim=True).round()
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        out.copy_(images.round().clamp(0, 255).view_as(out))
+    return fitted
 
 
 def _load_idx(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -264,10 +365,7 @@ def _read_idx(folder: Path, archive: str, dims: int) -> Tensor:
     path = folder / archive
     try:
         if path.is_file():
-            packed = path.read_bytes()
-            if hashlib.md5(packed).hexdigest() not in ARCHIVES[archive]:
-                raise DataError(f"{path}: wrong MD5, the file is damaged or is not Fashion-MNIST")
-            content = gzip.decompress(packed)
+            content = gzip.decompress(_read_archive(path))
         else:
             path = folder / archive[:-3]
             content = path.read_bytes()
@@ -282,10 +380,25 @@ def _read_idx(folder: Path, archive: str, dims: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
+def _read_archive(path: Path) -> bytes:
+    """One of the archives, still packed."""
+    try:
+        packed = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if hashlib.md5(packed).hexdigest() not in ARCHIVES[path.name]:
+        raise DataError(f"{path}: wrong MD5, the file is damaged or is not Fashion-MNIST")
+    return packed
+
+
 def split_validation(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Indices (train, validation): a fixed, stratified permutation, the same in every run."""
+    """Indices (train, validation): a fixed, stratified permutation, the same in every run.
+
+    About `size` are held out, of each class that has two images at least one.
+    """
     order = torch.randperm(len(labels), generator=Generator().manual_seed(0))
-    share = labels.bincount() * size // len(labels)  # of each class
+    count = labels.bincount()
+    share = (count * size // len(labels)).maximum((count > 1).long())  # of each class
     rank = torch.empty_like(labels)  # of each image within its class, in the order drawn
     for c in labels.unique():
         members = order[labels[order] == c]
@@ -304,22 +417,24 @@ def _own(folder: Path, image_size: int) -> Source:
     """
     splits = [split for split in ("train", "val", "test") if (folder / split).is_dir()]
     first = folder / splits[0]
-    classes = sorted(place.name for place in first.iterdir() if place.is_dir())
+    classes = sorted(place.name for place in _folders(first))
     if len(classes) < 2:
         raise DataError(f"{first}: needs a folder of images for each class, at least two")
     for split in splits[1:]:
-        for place in sorted((folder / split).iterdir()):
-            if place.is_dir() and place.name not in classes:
+        for place in sorted(_folders(folder / split)):
+            if place.name not in classes:
                 raise DataError(f"{place}: there is no such class in {first}")
     files = [path for name in classes for path in image_files(first / name)]
-    modes = _each(files, _mode)
-    return Source(
-        "folder", folder, tuple(classes), image_size, set(modes) <= {"1", "L", "LA", "I;16"}
-    )
+    grey = {"1", "L", "LA", *SIXTEEN_BITS}.issuperset(check_files(files))
+    return Source("folder", folder, tuple(classes), image_size, grey)
 
 
-def _read_classes(source: Source, split: str) -> tuple[Tensor, Tensor]:
-    """Images and labels of one's own `split`."""
+def _folders(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _list_classes(source: Source, split: str) -> tuple[list[Path], Tensor]:
+    """Image files and labels of one's own `split`."""
     files, labels = [], []
     for label, name in enumerate(source.classes):
         members = image_files(source.path / split / name)
@@ -329,16 +444,32 @@ def _read_classes(source: Source, split: str) -> tuple[Tensor, Tensor]:
         labels += [label] * len(members)
     if not files:
         raise DataError(f"{source.path / split}: there are no images")
-    return read_images(files, source.image_size, source.grey), torch.tensor(labels)
+    return files, torch.tensor(labels)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files in and below `folder`, in the order of their names."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+    """All image files in and below `folder`, in the order of their names, but hidden ones.
+
+    Links are followed, to each folder once. Raises DataError.
+    """
+
+    def stop(error: OSError):
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        known = os.stat(place)
+        if (known.st_dev, known.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((known.st_dev, known.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [
+            Path(place, name)
+            for name in names
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(files)
 
 
 def read_images(files: Sequence[Path], image_size: int, grey: bool) -> Tensor:
@@ -350,9 +481,9 @@ def read_images(files: Sequence[Path], image_size: int, grey: bool) -> Tensor:
 
     def read(path: Path) -> Tensor:
         with Image.open(path) as image:
-            if image.mode in ("I", "I;16", "I;16B"):  # 16 bits; the highest 8 are kept
-                pixels = np.asarray(image).astype(np.int64)
-                image = Image.fromarray((pixels >> 8 * (pixels.max() > 255)).astype(np.uint8))
+            _check(image)
+            if image.mode in SIXTEEN_BITS:
+                image = _highest_8_bits(image)
             elif "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 black = Image.new("RGBA", image.size, (0, 0, 0, 255))
@@ -364,9 +495,34 @@ def read_images(files: Sequence[Path], image_size: int, grey: bool) -> Tensor:
     return torch.cat(_each(files, read))
 
 
-def _mode(path: Path) -> str:
-    with Image.open(path) as image:
-        return image.mode
+def _check(image: Image.Image) -> None:
+    """Raise ValueError for pixels that would be misread."""
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    if image.mode in ("I", "F") or tags.get(SAMPLEFORMAT, (1,))[0] != 1:
+        raise ValueError("its pixels are not unsigned numbers of 8 or 16 bits")
+    if image.mode in SIXTEEN_BITS and tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
+        raise ValueError("its pixels are of 16 bits, and 0 is white")
+
+
+def _highest_8_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits with 8. Raises ValueError if all of it would be black then."""
+    pixels = np.array(image).astype(np.uint16)
+    if "transparency" in image.info:
+        pixels[pixels == image.info["transparency"]] = 0
+    if 0 < pixels.max() < 4096:
+        raise ValueError(f"of its 16 bits it uses 12 or less: no pixel is above {pixels.max()}")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def check_files(files: Sequence[Path]) -> list[str]:
+    """PIL's modes of image files, of which only the headers are read. Raises DataError."""
+
+    def mode(path: Path) -> str:
+        with Image.open(path) as image:
+            _check(image)
+            return image.mode
+
+    return _each(files, mode)
 
 
 def _each(files: Sequence[Path], work) -> list:
@@ -395,6 +551,10 @@ def stream(path: Path, chunk: int) -> Iterator[Tensor]:
             n, *image = shape
             if n < 1 or not all(0 < side <= 4096 for side in image):
                 raise DataError(f"{path}: its header says {n} images of {image}")
+            if path.is_file() and path.suffix != ".gz":  # all of it can be told now
+                size = path.stat().st_size - file.tell()
+                if size != math.prod(shape):
+                    raise DataError(f"{path}: its header says {shape}, but {size} bytes follow")
             chunk = max(1, min(chunk, MOST_BYTES // math.prod(image)))
             for start in range(0, n, chunk):
                 shape = min(chunk, n - start), *image

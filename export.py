@@ -14,6 +14,7 @@ import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it s
 import argparse
 import io
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,8 +25,9 @@ import checkpoint
 import data
 import models
 import rewrite
+import shell
 
-TOLERANCE = 1e-4  # of logits, between PyTorch and the export
+TOLERANCE = 1e-4  # between PyTorch's logits and the export's, as a share of the largest
 
 
 class ExportError(Exception):
@@ -92,59 +94,67 @@ class Stock(nn.Module):
 def export_half(args: argparse.Namespace) -> None:
     """The same weights file with values in half precision, and what that changes."""
     output = args.output or args.weights.with_name(f"{args.weights.stem}-half.pth")
-    checkpoint.check_output(output)
-    model, meta = checkpoint.load(args.weights)
-    images_u8, what = images(args, meta)
+    checkpoint.check_output(output, args.weights)
+    model, meta, images_u8, what = load(args)
     expected = models.infer(model, images_u8)
-    checkpoint.save(output, model, meta, half=True)
-    logits = models.infer(checkpoint.load(output)[0], images_u8)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "half.pth"
+        checkpoint.save(written, model, meta, half=True)
+        logits = models.infer(checkpoint.load(written)[0], images_u8)
+        content = written.read_bytes()
+    checkpoint.write(output, content)
     same = int((logits.argmax(1) == expected.argmax(1)).sum())
-    before, after = (path.stat().st_size / 1000 for path in (args.weights, output))
+    before, after = args.weights.stat().st_size / 1000, len(content) / 1000
     print(
-        f"{output}: {after:,.0f} instead of {before:,.0f} kB, {same:,} of {len(images_u8):,} ",
-        end="",
+        f"{output}: {after:,.0f} instead of {before:,.0f} kB, {same:,} of {len(images_u8):,} "
+        f"{what} as before, logits within {float((logits - expected).abs().max()):.0e}",
+        file=sys.stderr if checkpoint.is_stdout(output) else sys.stdout,
     )
-    print(f"{what} as before, logits within {float((logits - expected).abs().max()):.0e}")
 
 
-def images(args: argparse.Namespace, meta: dict) -> tuple[Tensor, str]:
-    """What a network can be checked with: the test images, or noise if they were somebody's own."""
-    size, grey = meta.get("image_size", 28), meta.get("grey", True)
-    name = meta.get("dataset", "fashion-mnist")
-    if name != "folder":
-        return data.load(data.find(args.data, name, size), "test")[0], "test images"
+def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, str]:
+    """A network, what is known of it, images to check it with, and what those are: the test images,
+    or noise if they were somebody's own and are not given."""
+    model, meta = checkpoint.load(args.weights, stem=args.stem)
+    assumed = checkpoint.complete_(meta, args.weights, args.image_size, args.colour, args.stem)
+    if assumed:
+        print(f"export.py: {assumed}", file=sys.stderr)
+    size, grey = meta["image_size"], meta["grey"]
+    if args.data is not None or meta.get("dataset") in data.DATASETS:
+        source = data.find_for(args.weights, meta, args.data)
+        return model, meta, data.load(source, "test")[0], "test images"
     shape = (1000, size, size) if grey else (1000, 3, size, size)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, shape, generator=generator, dtype=torch.uint8), "random images"
+    noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return model, meta, noise, "random images"
 
 
 def export_onnx(args: argparse.Namespace) -> None:
     """Check everything that was asked for, export, compare, write."""
     output = args.output or args.weights.with_suffix(".onnx")
-    checkpoint.check_output(output)
-    model, meta = checkpoint.load(args.weights)
+    checkpoint.check_output(output, args.weights)
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed: uv run --group export ...") from None
-    images_u8, what = images(args, meta)
-    size, grey = meta.get("image_size", 28), meta.get("grey", True)
-    slim = to_onnx(Slim(model, size, grey).eval(), images_u8[:2])
+    model, meta, images_u8, what = load(args)
+    slim = to_onnx(Slim(model, meta["image_size"], meta["grey"]).eval(), images_u8[:2])
     logits, speed = run(slim, images_u8)
     expected = models.infer(model, images_u8)
     difference = float((logits - expected).abs().max())
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE * float(expected.abs().max()):
         raise ExportError(f"the export differs by {difference:.1e} in a logit; nothing was written")
     checkpoint.write(output, slim)
     stock = to_onnx(Stock(model).eval(), images_u8[:2])
     _, stock_speed = run(stock, images_u8)
     same = int((logits.argmax(1) == expected.argmax(1)).sum())
-    print(f"{output}: {same:,} of {len(images_u8):,} {what} as in PyTorch, ", end="")
-    print(f"logits within {difference:.0e}")
-    print(f"{'':8}{'kB':>9}{'images/s (onnxruntime)':>25}")
+    to = sys.stderr if checkpoint.is_stdout(output) else sys.stdout
+    print(f"{output}: {same:,} of {len(images_u8):,} {what} as in PyTorch, ", end="", file=to)
+    print(f"logits within {difference:.0e}", file=to)
+    print(f"{'':8}{'kB':>9}{'images/s (onnxruntime)':>25}", file=to)
     for title, file, rate in (("export", slim, speed), ("stock", stock, stock_speed)):
-        print(f"{title:8}{len(file) / 1000:>9,.0f}{rate:>25,.0f}")
+        print(f"{title:8}{len(file) / 1000:>9,.0f}{rate:>25,.0f}", file=to)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,8 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         "-w", "--weights", type=Path, required=True, metavar="FILE", help="weights of a ResNet"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE",
-        help="default: FILE.onnx, or FILE-half.pth, beside the weights",
+        "-o", "--output", type=checkpoint.output, metavar="FILE",
+        help="default: FILE.onnx, or FILE-half.pth, beside the weights; - for standard output",
     )  # fmt: skip
     parser.add_argument(
         "--half", action="store_true", help="a weights file in half precision instead of ONNX"
@@ -165,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder with the images that it is checked with"
     )
+    checkpoint.add_image_flags(parser)
     args = parser.parse_args(argv)
     try:
         with torch.inference_mode():
@@ -176,4 +187,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(shell.run(main))

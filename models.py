@@ -112,13 +112,18 @@ def normalize(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def infer(model: nn.Module, images_u8: Tensor, batch_size: int = 250, tta: bool = False) -> Tensor:
+def infer(
+    model: nn.Module, images_u8: Tensor, batch_size: int | None = None, tta: bool = False
+) -> Tensor:
     """Logits, float32 (N, classes), of a model in eval mode; `images_u8` as in `normalize`.
 
-    `tta` averages the logits of each image and its mirror image. The model's dtype decides the
-    precision; accuracies that are reported come from fp32 weights.
+    `batch_size`: 250, but fewer for images of more than 64 pixels a side, for the memory that the
+    maps between the layers need. `tta` averages the logits of each image and its mirror image. The
+    model's dtype decides the precision; accuracies that are reported come from fp32 weights.
     """
     model.eval()
+    if batch_size is None:
+        batch_size = max(1, min(250, 250 * 64 * 64 // (images_u8.shape[-1] * images_u8.shape[-2])))
     parameter = next(model.parameters())
 
     def logits(batch: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Pictures of a run and of predictions, each as the bytes of a PNG; matplotlib stays in here."""
 
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +11,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axis import Axis
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
+
+plt.rcParams["text.parse_math"] = False  # a class may be called $
 
 
 def curves(metrics: Path) -> bytes:
@@ -29,10 +34,11 @@ def curves(metrics: Path) -> bytes:
             top.plot(part.index + 1, 100 * part[column], color=color, label=label)
             label = None
     seen = rows[["train_accuracy", "val_accuracy", "val_accuracy_average"]].stack()
-    top.set_ylim(100 * max(0, seen.quantile(0.1) - 0.03), 100 * min(1, seen.max() + 0.02))
+    top.set_ylim(100 * max(0, seen.quantile(0.1) - 0.03), 100 * min(1, seen.max() + 0.01))
     top.set_ylabel("accuracy, %")
-    top.legend(loc="lower right")
-    bottom.semilogy(rows.index + 1, rows.parameters, color="tab:green", drawstyle="steps-mid")
+    figure.legend(loc="outside lower center", ncols=3)
+    bottom.plot(rows.index + 1, rows.parameters, color="tab:green", drawstyle="steps-mid")
+    _count_logarithmically(bottom.set_yscale, bottom.yaxis)
     bottom.set_ylabel("parameters")
     bottom.set_xlabel("epoch")
     last = rows.parameters.iloc[-1]
@@ -45,8 +51,8 @@ def curves(metrics: Path) -> bytes:
         row = rows.iloc[start - 1]
         rounds = rows[rows.stage == row.stage]["round"].nunique()
         label = row.stage if rounds == 1 else f"{row.stage} {row['round']}"
-        top.annotate(label, (start, 1), (0, -12), xycoords=("data", "axes fraction"),
-                     textcoords="offset points", fontsize=9)  # fmt: skip
+        top.annotate(label, (start, 1), (0, 3), xycoords=("data", "axes fraction"),
+                     textcoords="offset points", fontsize=8, rotation=30)  # fmt: skip
     return _png(figure)
 
 
@@ -96,10 +102,7 @@ def sizes(results: Path, recipe: str) -> bytes:
                           (10, -13) if name == recipe else (18, -3), fontsize=8,
                           textcoords="offset points", ha="center", color=color)  # fmt: skip
     axes.plot([], [], "o", color="tab:gray", label="published by others")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(
-        lambda n, _: f"{n / 1000:,.0f}k" if n < 1e6 else f"{n / 1e6:.0f}M"
-    )
+    _count_logarithmically(axes.set_xscale, axes.xaxis)
     axes.set_xlabel("parameters; the rightmost of ours is the dense student")
     axes.set_ylabel("test accuracy, %")
     axes.margins(y=0.1)
@@ -118,7 +121,7 @@ def layers(kept: dict[str, int], live: dict[str, int]) -> bytes:
     for row, n in zip(rows, kept.values(), strict=True):
         axes.annotate(f"{n:,}", (n, row), (4, 0), textcoords="offset points", va="center",
                       fontsize=8)  # fmt: skip
-    axes.set_xscale("log")
+    _count_logarithmically(axes.set_xscale, axes.xaxis)
     axes.set_yticks(rows, names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(f"weights; {sum(kept.values()):,} are kept")
@@ -133,14 +136,15 @@ def confusion(images_u8: Tensor, labels: Tensor, probs: Tensor, classes: Sequenc
     counts = np.zeros((n, n))
     np.add.at(counts, (labels.numpy(), probs.argmax(1).numpy()), 1)
     percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    side = min(4 + 0.45 * n, 16)
+    side = 4 + (0.45 if n <= 30 else 0.24) * min(n, 100)
     figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
     axes.imshow(np.sqrt(percent), cmap="Blues")  # the root shows the few mistakes
-    if n <= 30:
+    if n <= 100:
+        size = 8 if n <= 30 else 5
         for row, column in np.argwhere(counts > 0):
             value = percent[row, column]
             axes.text(column, row, f"{value:.0f}" if value >= 0.95 else f"{value:.1f}",
-                      ha="center", va="center", fontsize=8,
+                      ha="center", va="center", fontsize=size,
                       color="white" if value > 40 else "black")  # fmt: skip
         axes.set_xticks(range(n), classes, rotation=60, ha="right", fontsize=8)
         axes.set_yticks(range(n), classes, fontsize=8)
@@ -180,8 +184,19 @@ def sheet(images_u8: Tensor, titles: Sequence[str], title: str = "") -> bytes:
     return _png(figure)
 
 
+def _count_logarithmically(set_scale: Callable[[str], None], axis: Axis) -> None:
+    """A logarithmic axis whose numbers are words: powers need fonts that are looked for loudly."""
+    set_scale("log")
+    axis.set_major_formatter(
+        lambda n, _: f"{n:.0f}" if n < 1e3 else f"{n / 1e3:.0f}k" if n < 1e6 else f"{n / 1e6:.0f}M"
+    )
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _png(figure: plt.Figure) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a class may have a name in any script
+        figure.savefig(file, dpi=120)
     plt.close(figure)
     return file.getvalue()

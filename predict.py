@@ -11,6 +11,7 @@ ResNet18 or ResNet50, plain or with the masks of torch.nn.utils.prune.
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -26,9 +27,9 @@ import checkpoint
 import data
 import models
 import prune
+import shell
 import sparse
 
-CHUNK = 10_000  # images in memory at a time
 SHEET = 64  # images that --show shows
 
 
@@ -59,17 +60,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="make dark images on white, such as photographs, light on black, as Fashion-MNIST is",
     )
+    checkpoint.add_image_flags(what)
     result = parser.add_argument_group("what is written")
     result.add_argument(
-        "-o", "--output", type=Path, default="submission.csv", metavar="FILE",
-        help="CSV with the columns id,pred (default: submission.csv)",
+        "-o", "--output", type=checkpoint.output, default="submission.csv", metavar="FILE",
+        help="CSV with the columns id,pred (default: submission.csv); - for standard output",
     )  # fmt: skip
     result.add_argument("--names", action="store_true", help="class names instead of numbers")
     result.add_argument(
         "--probs", action="store_true", help="a column more for the probability of each class"
     )
     result.add_argument(
-        "--show", type=Path, metavar="FILE",
+        "--show", type=checkpoint.output, metavar="FILE",
         help=f"write a picture of the first {SHEET} images and their predictions (PNG)",
     )  # fmt: skip
     result.add_argument(
@@ -87,10 +89,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="sparse skips the zeros, on the CPU only; auto: where it is faster (default)",
     )
     how.add_argument(
-        "--batch-size", type=int, default=250, metavar="N", help="images at a time (default: 250)"
-    )
+        "--batch-size", type=int, metavar="N",
+        help="images at a time (default: 250, fewer of more than 64 pixels a side)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: at least 1")
     return args
 
@@ -115,65 +118,83 @@ def choose_engine(
     return wanted, sparse.SparseResNet(model, size, grey)
 
 
-def chunks(paths: list[Path], image_size: int, grey: bool) -> Iterator[tuple[list, Tensor]]:
-    """(ids, images) of files and folders, some at a time. Raises DataError.
+def gather(paths: list[Path]) -> list[tuple[Path, list[Path]]]:
+    """Each of `paths` with its image files, none for an IDX or .npy file.
 
-    The id of an image file is its name (below its folder), that of an image in an IDX or .npy file
-    its place, counted on over such files.
+    Raises DataError for what cannot be classified, as far as headers show it.
     """
-    counted = 0
+    found = []
     for path in paths:
+        files = [path] if path.suffix.lower() in data.SUFFIXES else []
         if path.is_dir():
             files = data.image_files(path)
             if not files:
                 raise data.DataError(f"{path}: there are no images in this folder")
-        elif path.suffix.lower() in data.SUFFIXES:
-            files = [path]
-        else:
-            for images in data.stream(path, CHUNK):
+        elif not files and (path.is_file() or not path.exists()):  # pipes can be read only once
+            next(data.stream(path, 1))
+        found.append((path, files))
+    data.check_files([file for _, files in found for file in files])
+    return found
+
+
+def chunks(
+    found: list[tuple[Path, list[Path]]], image_size: int, grey: bool
+) -> Iterator[tuple[list, Tensor, None]]:
+    """(ids, images, no labels) of what `gather` found, some at a time. Raises DataError.
+
+    The id of an image file is its name (below its folder), that of an image in an IDX or .npy file
+    its place, counted on over such files.
+    """
+    counted, most = 0, data.most(image_size, grey)
+    for path, files in found:
+        for start in range(0, len(files), most):
+            part = files[start : start + most]
+            ids = [f.relative_to(path).as_posix() if f != path else f.name for f in part]
+            yield ids, data.read_images(part, image_size, grey), None
+        if not files:
+            for images in data.stream(path, most):
                 ids = list(range(counted, counted + len(images)))
-                yield ids, data.fit(images, image_size, grey)
+                yield ids, data.fit(images, image_size, grey), None
                 counted += len(images)
-            continue
-        for start in range(0, len(files), CHUNK):
-            part = files[start : start + CHUNK]
-            ids = [f.relative_to(path).as_posix() if path.is_dir() else f.name for f in part]
-            yield ids, data.read_images(part, image_size, grey)
+
+
+def test_images(source: data.Source) -> Iterator[tuple[list, Tensor, Tensor]]:
+    """(ids, images, labels) of the test images, some at a time. Raises DataError."""
+    counted = 0
+    for images_u8, labels in data.pieces(source, "test"):
+        yield list(range(counted, counted + len(labels))), images_u8, labels
+        counted += len(labels)
 
 
 def predict(args: argparse.Namespace) -> None:
     """Check everything that was asked for, predict, write."""
     device = models.choose_device(args.device)
-    for path in (args.output, args.show):
-        if path is not None:
-            checkpoint.check_output(path)
-    model, meta = checkpoint.load(args.weights, device)
-    size, grey = meta.get("image_size", 28), meta.get("grey", True)
-    classes, labels = meta.get("classes"), None
+    model, meta = checkpoint.load(args.weights, device, args.stem)
+    said = args.image_size, args.colour, args.stem
+    assumed = checkpoint.complete_(meta, args.weights, *said)
+    size, grey, classes = meta["image_size"], meta["grey"], meta.get("classes")
+    inputs = [args.weights, *args.images]
     if args.images:
-        parts = chunks(args.images, size, grey)
+        found = gather(args.images)
+        inputs += [file for _, files in found for file in files]
+        parts = chunks(found, size, grey)
     else:
-        name = meta.get("dataset", "fashion-mnist")
-        if name == "folder" and args.data is None:
-            raise data.DataError(f"{args.weights}: trained on own images; give IMAGES or --data")
-        source = data.find(args.data, "fashion-mnist" if name == "folder" else name, size)
-        if meta["num_classes"] != len(source.classes):
-            raise checkpoint.CheckpointError(
-                f"{args.weights}: has {meta['num_classes']} classes, the images "
-                f"{len(source.classes)}"
-            )
-        if not data.has(source, "test"):
-            raise data.DataError(f"{source.path}: has no test/; give IMAGES")
-        images_u8, labels = data.load(source, "test")
+        source = data.find_for(args.weights, meta, args.data)
+        inputs += data.files(source, "test")
         classes = classes or source.classes
-        parts = iter([(list(range(len(labels))), data.fit(images_u8, size, grey))])
+        parts = test_images(source)
     classes = classes or [str(number) for number in range(meta["num_classes"])]
-
+    outputs = [path for path in (args.output, args.show) if path is not None]
+    for i, path in enumerate(outputs):
+        checkpoint.check_output(path, *outputs[:i], *inputs)
     engine, model = choose_engine(args.engine, model, meta, device)
+    parts = itertools.chain([next(parts)], parts)  # most of what is bad is found by now
+    if assumed:
+        print(f"predict.py: {assumed}", file=sys.stderr)
     done, right, seconds, shown = 0, 0, 0.0, []
     bar = tqdm(unit=" images", leave=False, disable=None)
     with checkpoint.writing(args.output) as file, bar:
-        for ids, images_u8 in parts:
+        for ids, images_u8, labels in parts:
             if args.invert:
                 images_u8 = 255 - images_u8
             began = time.perf_counter()
@@ -204,7 +225,7 @@ def predict(args: argparse.Namespace) -> None:
         "arch": meta["arch"],
         "parameters": meta["parameters"],
         "images": done,
-        "accuracy": None if labels is None else right / done,
+        "accuracy": None if args.images else right / done,
         "tta": args.tta,
         "engine": engine,
         "device": device.type,
@@ -212,14 +233,16 @@ def predict(args: argparse.Namespace) -> None:
         "output": str(args.output),
     }
     if args.json:
-        print(json.dumps(report))
-        return
-    accuracy = "" if labels is None else f"test accuracy {right / done:.2%}"
-    accuracy += " with mirror images, " if accuracy and args.tta else ", " if accuracy else ""
-    print(
-        f"{meta['arch']}, {meta['parameters']:,} parameters: {accuracy}{done:,} images in "
-        f"{seconds:.1f} s on {device.type} ({engine}), predictions in {args.output}"
-    )
+        text = json.dumps(report)
+    else:
+        accuracy = "" if args.images else f"test accuracy {right / done:.2%}"
+        accuracy += " with mirror images, " if accuracy and args.tta else ", " if accuracy else ""
+        text = (
+            f"{meta['arch']}, {meta['parameters']:,} parameters: {accuracy}{done:,} images in "
+            f"{seconds:.1f} s on {device.type} ({engine}), predictions in {args.output}"
+        )
+    # Standard output has the predictions alone, if they go there.
+    print(text, file=sys.stderr if any(map(checkpoint.is_stdout, outputs)) else sys.stdout)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -230,11 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\npredict.py: stopped, nothing was written", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(shell.run(main))

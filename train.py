@@ -37,6 +37,7 @@ import parallel
 import plots
 import prune
 import record
+import shell
 from loop import Part, Recipe, Setup, Stage, Stop
 from record import Run, UsageError
 
@@ -547,4 +548,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(shell.run(main))

@@ -22,7 +22,7 @@ import prune
 import record
 import train
 
-META = {"arch": "resnet18", "num_classes": 10, "budget": 100_000, "classes": list("abcdefghij")}
+META = {"arch": "resnet18", "num_classes": 10, "budget": 100_000, "classes": list(data.CLASSES)}
 
 
 @pytest.fixture(scope="session")
@@ -77,5 +77,5 @@ def shipped_like(tmp_path_factory):
     masks = prune.all_useful(model, 28, grey=True)
     prune.apply_(model, prune.choose(model, masks, 100_000, 28, grey=True))
     path = tmp_path_factory.mktemp("weights") / "pruned.pth"
-    checkpoint.save(path, model, META)
+    checkpoint.save(path, model, {**META, "image_size": 28, "grey": True})
     return path

@@ -82,15 +82,19 @@ def test_dense_networks_and_resnet50_come_back_as_well(resnet18, path):
 @pytest.mark.parametrize("stem", models.STEMS)
 def test_the_stem_is_kept_and_seen_in_plain_files(stem, path):
     model = models.build("resnet18", 10, stem=stem)
-    plain = [lambda: torch.save(model.state_dict(), path)] if stem != 2 else []
     for write in (
         lambda: checkpoint.save(path, model, {**META, "budget": 2 * 10**7, "stem": stem}),
-        *plain,
+        lambda: torch.save(model.state_dict(), path),
     ):
         write()
-        again, meta = checkpoint.load(path)
+        again, meta = checkpoint.load(path, stem=stem)
         assert meta["stem"] == stem and same(again.state_dict(), model.state_dict())
         assert isinstance(again.maxpool, torch.nn.Identity) == (stem == 1)
+        for other in set(models.STEMS) - {stem}:
+            if {stem, other} != {1, 2} or write.__code__.co_names[0] == "checkpoint":
+                with pytest.raises(checkpoint.CheckpointError, match=f"its stem is .*not {other}"):
+                    checkpoint.load(path, stem=other)
+    assert checkpoint.load(path)[1]["stem"] == {4: 4, 2: 1, 1: 1}[stem]  # the plain file
 
 
 def test_plain_masked_and_course_files_load(pruned, path):
@@ -268,3 +272,85 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(tmp_path):
     for bad in (tmp_path, tmp_path / "absent" / "x.csv", tmp_path / "file" / "x.csv"):
         with pytest.raises(checkpoint.CheckpointError, match="cannot be written"):
             checkpoint.check_output(bad)
+
+
+def test_outputs_follow_links_and_leave_devices_and_pipes_what_they_are(tmp_path):
+    (tmp_path / "far").mkdir()
+    target, link, pipe = tmp_path / "far" / "target", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    for text in ("new", "newer"):  # at first it leads nowhere
+        checkpoint.check_output(link)
+        checkpoint.write(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path, is_still in ((pipe, pipe.is_fifo), (link, link.is_char_device)):
+        if path == link:
+            link.unlink()
+            link.symlink_to("/dev/null")
+        checkpoint.check_output(path)
+        checkpoint.write(path, "text")
+        assert is_still()
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)
+    link.unlink()
+    link.symlink_to(link)
+    with pytest.raises(checkpoint.CheckpointError, match="round in a circle"):
+        checkpoint.check_output(link)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["far", "link", "pipe", "target"]
+
+
+def test_an_output_is_not_something_else_as_well(tmp_path):
+    weights, link, new = tmp_path / "weights", tmp_path / "link", tmp_path / "new"
+    weights.write_text("")
+    link.symlink_to(weights)
+    os.link(weights, tmp_path / "hard")
+    for path, other in ((weights, link), (link, weights), (tmp_path / "hard", weights)):
+        with pytest.raises(checkpoint.CheckpointError, match="the same file as"):
+            checkpoint.check_output(path, tmp_path / "absent", other)
+    with pytest.raises(checkpoint.CheckpointError, match="the same file as"):
+        checkpoint.check_output(new, tmp_path / "." / "new")
+    checkpoint.check_output(new, weights, link)
+
+
+STRANGE = {
+    "400 GB": lambda t: torch.zeros(1).expand(10**11),
+    "4 GB": lambda t: torch.zeros(1).expand(10**9),
+    "stride 0": lambda t: torch.zeros(1).expand(t.shape),
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "complex": lambda t: t.to(torch.complex64),
+    "8 bits": lambda t: t.to(torch.float8_e5m2),
+    "integers": lambda t: t.long(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("masked", [False, True])
+def test_strange_tensors_are_refused_by_name(kind, masked, pruned, path):
+    state = (prune.masked(pruned) if masked else pruned).state_dict()
+    names = ["conv1.weight_orig", "conv1.weight_mask"] if masked else ["conv1.weight", "fc.weight"]
+    for name in names:
+        if (kind, name) == ("integers", "conv1.weight_mask"):
+            continue  # these are numbers as good as others
+        torch.save({**state, name: STRANGE[kind](state[name])}, path)
+        with pytest.raises(checkpoint.CheckpointError, match=name.removesuffix("_orig")):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_strange_parts_of_our_own_files_are_refused(kind, shipped_like, path):
+    content = torch.load(shipped_like, weights_only=True)
+    torch.save({**content, "values": STRANGE[kind](content["values"].float())}, path)
+    with pytest.raises(checkpoint.CheckpointError, match="do not fit together"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("key", ["image_size", "budget", "parameters", "num_classes"])
+def test_true_is_no_number(key, shipped_like, path):
+    path.write_bytes(shipped_like.read_bytes())
+    edit(path, meta={key: True})
+    with pytest.raises(checkpoint.CheckpointError, match="do not fit together"):
+        checkpoint.load(path)

@@ -3,6 +3,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -138,3 +139,85 @@ def test_without_any_source_the_message_names_the_ways_out(nowhere, monkeypatch)
     message = str(caught.value)
     assert "--data DIR" in message and "dataset-fashion-mnist" in message
     assert "Error downloading" in message and "\n" not in message
+
+
+def damage(folder):
+    path = folder / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("place", ["FashionMNIST/raw", "debian"])
+def test_half_a_download_in_our_cache_is_fetched_again(place, archives, nowhere, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch_from(archives, []))
+    shutil.copytree(archives, nowhere / place)
+    damage(nowhere / place)
+    assert len(data.load(data.find(), "test")[0]) == 40
+
+
+def test_a_users_damaged_folder_is_not_repaired(archives):
+    damage(archives)
+    with pytest.raises(data.DataError, match="MD5"):
+        data.load(data.find(archives), "test")
+    assert (archives / "t10k-images-idx3-ubyte.gz").stat().st_size == 100
+
+
+def fetch_from(archives, calls):
+    """Like torchvision: fetches nothing if all files are there, and takes its time to write."""
+
+    def fetch(root, download):
+        raw = root / "FashionMNIST" / "raw"
+        if raw.exists():
+            return
+        calls.append(root)
+        raw.mkdir(parents=True)
+        for path in sorted(archives.iterdir()):
+            with (raw / path.name).open("wb") as file:
+                content = path.read_bytes()
+                file.write(content[:100])
+                file.flush()
+                threading.Event().wait(0.1)
+                file.write(content[100:])
+
+    return fetch
+
+
+def test_who_starts_while_another_fetches_waits_for_it(archives, nowhere, monkeypatch):
+    calls, found = [], []
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch_from(archives, calls))
+    threads = [
+        threading.Thread(target=lambda: found.append(len(data.load(data.find(), "test")[0])))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+        threading.Event().wait(0.15)
+    for thread in threads:
+        thread.join()
+    assert found == [40] * 3 and len(calls) == 1
+
+
+def test_half_an_mnist_in_our_cache_is_fetched_again(nowhere, monkeypatch):
+    class Fake:
+        classes = tuple("0123456789")
+
+        def __init__(self, root, train, download):
+            file = root / "MNIST" / "raw"
+            if download and not file.exists():
+                file.parent.mkdir(parents=True)
+                file.write_text("whole")
+            if not file.exists() or file.read_text() != "whole":
+                raise RuntimeError("truncated")
+            self.data = torch.zeros(5, 28, 28, dtype=torch.uint8)
+            self.targets = torch.arange(5)
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Fake)
+    (nowhere / "MNIST").mkdir(parents=True)
+    (nowhere / "MNIST" / "raw").write_text("half")
+    assert len(data.load(data.find(dataset="mnist"), "test")[0]) == 5
+
+
+def test_fashion_mnists_validation_images_stay_the_same():
+    labels = torch.arange(10).repeat(6000)
+    _, val = data.split_validation(labels, 5000)
+    assert labels[val].bincount().tolist() == [500] * 10
+    assert hashlib.md5(val.numpy().tobytes()).hexdigest() == "c0b313ff744b2496463611dc53dd25d2"

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import export
@@ -81,3 +82,42 @@ def test_half_precision_is_written_beside_the_weights(shipped_like, tiny_data, t
     printed = capsys.readouterr().out
     assert str(smaller) in printed and "of 40 test images as before" in printed
     assert checkpoint.load(smaller)[1]["parameters"] == 100_000
+
+
+def test_own_images_that_are_given_are_what_it_is_checked_with(tmp_path, shipped_like, capsys):
+    model, meta = checkpoint.load(shipped_like)
+    for name in meta["classes"]:
+        place = tmp_path / "own" / "test" / name.replace("/", "-")
+        place.mkdir(parents=True)
+        Image.new("L", (28, 28), 99).save(place / "1.png")
+    meta["classes"] = sorted(name.replace("/", "-") for name in meta["classes"])
+    checkpoint.save(tmp_path / "w.pth", model, {**meta, "dataset": "folder"})
+    flags = ["-w", str(tmp_path / "w.pth"), "--half"]
+    assert export.main([*flags, "--data", str(tmp_path / "own")]) == 0
+    assert "of 10 test images" in capsys.readouterr().out
+    assert export.main(flags) == 0
+    assert "of 1,000 random images" in capsys.readouterr().out
+
+
+def test_plain_files_and_outputs(tmp_path, capsys, shipped_like, tiny_data):
+    weights, half = tmp_path / "plain.pth", tmp_path / "half.pth"
+    torch.save(models.build("resnet18", 3, stem=2).state_dict(), weights)
+    flags = ["-w", str(weights), "--half", "-o", str(half)]
+    assert export.main([*flags, "--image-size", "32", "--colour", "--stem", "2"]) == 0
+    assert capsys.readouterr().err == ""
+    meta = checkpoint.load(half)[1]
+    assert (meta["image_size"], meta["grey"], meta["stem"]) == (32, False, 2)
+    assert export.main(flags) == 0
+    assert "taken to be 28x28, grey, stem 1" in capsys.readouterr().err
+    assert export.main([*flags, "-o", str(weights)]) == 2
+    assert "the same file as" in capsys.readouterr().err
+
+
+def test_large_logits_may_differ_by_more(tmp_path, shipped_like, tiny_data):
+    pytest.importorskip("onnxruntime", reason="needs --group export")
+    pytest.importorskip("onnxscript", reason="needs --group export")
+    model, meta = checkpoint.load(shipped_like)
+    with torch.no_grad():
+        model.fc.weight *= 1e4
+    checkpoint.save(tmp_path / "w.pth", model, meta)
+    assert export.main(["-w", str(tmp_path / "w.pth"), "--data", str(tiny_data)]) == 0

@@ -290,7 +290,7 @@ def test_a_data_set_that_cannot_be_had_is_said_so(monkeypatch, tmp_path):
 
 
 def test_idx_and_npy_files_are_streamed(tmp_path, shipped_like, monkeypatch):
-    monkeypatch.setattr(predict, "CHUNK", 7)
+    monkeypatch.setattr(data, "CHUNK", 7)
     images = shrunk.images()["test_images"]
     raw = shrunk.idx_bytes(images)
     (tmp_path / "a-idx3-ubyte").write_bytes(raw)
@@ -344,3 +344,83 @@ def test_files_that_cannot_be_classified(name, tmp_path, shipped_like, capsys):
     assert name in error and error.count("\n") == 1 and error.startswith("predict.py: ")
     assert out.read_text() == "precious"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def saved(path, pixels):
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_16_bits_are_their_highest_8_or_refused(tmp_path):
+    bright = (np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000) + 5
+    for name in ("a.png", "a.tif"):
+        (image,) = data.read_images([saved(tmp_path / name, bright)], 8, grey=True)
+        assert torch.equal(image, torch.from_numpy((bright >> 8).astype(np.uint8)))
+    black = saved(tmp_path / "black.png", 0 * bright)
+    assert not data.read_images([black], 8, grey=True).any()
+    bad = [
+        saved(tmp_path / "small.png", bright // 300),
+        saved(tmp_path / "12.png", bright // 16),
+        saved(tmp_path / "float.tif", bright.astype(np.float32)),
+        saved(tmp_path / "32.tif", bright.astype(np.int32)),
+    ]
+    for path in bad:
+        with pytest.raises(data.DataError, match=path.name):
+            data.read_images([path, black], 8, grey=True)
+    with pytest.raises(data.DataError, match=r"float.tif.*unsigned"):
+        data.check_files(bad)  # only what headers show
+
+
+def test_hidden_folders_are_skipped_and_links_followed_once(folder, tmp_path):
+    hidden = [folder / "train" / ".git", folder / "train" / "left" / ".ipynb_checkpoints"]
+    for place in (*hidden, folder / "test" / ".cache"):
+        place.mkdir()
+        (place / "x.png").write_text("no image")
+    (folder / "train" / "right").rename(tmp_path / "elsewhere")
+    (folder / "train" / "right").symlink_to(tmp_path / "elsewhere")
+    (folder / "train" / "left" / "loop").symlink_to(folder / "train" / "left")
+    (folder / "train" / "left" / "more").symlink_to(folder / "test" / "left")
+    (folder / "train" / "left" / "link.png").symlink_to(folder / "test" / "left" / "0.png")
+    source = data.find(folder)
+    assert source.classes == ("left", "middle", "right")
+    assert data.load(source, "train")[1].bincount().tolist() == [37, 30, 30]
+    (tmp_path / ".photos").symlink_to(folder / "test")  # the root may be hidden
+    assert len(data.image_files(tmp_path / ".photos")) == 18
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5])
+def test_of_few_images_one_of_each_class_is_held_out(n, tmp_path):
+    source = data.find(colour(tmp_path / "few", n=n))
+    if n == 1:
+        with pytest.raises(data.DataError, match="no class has two images"):
+            data.load_train(source, full_train=False)
+    else:
+        (_, train), (_, val) = data.load_train(source, full_train=False)
+        assert val.bincount().tolist() == [1] * 10 and len(train) == 10 * (n - 1)
+    assert len(data.load_train(source, full_train=True)[0][1]) == 10 * n
+
+
+def test_grey_arrays_and_colour_files_on_one_picture(tmp_path):
+    weights, array = tmp_path / "plain.pth", tmp_path / "grey.npy"
+    torch.save(models.build("resnet18", 3).state_dict(), weights)
+    np.save(array, np.zeros((3, 28, 28), np.uint8))
+    image = saved(tmp_path / "a.png", np.zeros((30, 20, 3), np.uint8))
+    flags = ["-w", str(weights), "--colour", "-o", str(tmp_path / "x.csv"), str(array), str(image)]
+    assert predict.main([*flags, "--show", str(tmp_path / "sheet.png")]) == 0
+    assert len(read_rows(tmp_path / "x.csv")) == 4
+
+
+def test_a_bad_file_is_found_before_the_first_image_is_classified(
+    tmp_path, shipped_like, capsys, monkeypatch
+):
+    monkeypatch.setattr(models, "infer", None)
+    good, short = tmp_path / "good.npy", tmp_path / "short.npy"
+    np.save(good, np.zeros((3, 28, 28), np.uint8))
+    short.write_bytes(good.read_bytes()[:-1])
+    (tmp_path / "text.png").write_text("no image")
+    out = str(tmp_path / "x.csv")
+    for bad in ("short.npy", "text.png", "absent.npy"):
+        flags = ["-w", str(shipped_like), "-o", out, str(good), str(tmp_path / bad)]
+        assert predict.main(flags) == 2
+        error = capsys.readouterr().err
+        assert bad in error and error.count("\n") == 1

@@ -1,5 +1,13 @@
 import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_checkpoint import KINDS, damage
@@ -8,6 +16,8 @@ import checkpoint
 import data
 import models
 import predict
+
+SCRIPT = Path(predict.__file__)
 
 
 @pytest.fixture
@@ -46,7 +56,8 @@ def test_a_wrong_number_of_classes(flags, capsys, tmp_path):
 
 def test_bad_outputs_are_found_before_the_work(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "infer", None)
-    for bad in (tmp_path / "absent" / "out.csv", tmp_path):
+    weights = tmp_path / "weights.pth"
+    for bad in (tmp_path / "absent" / "out.csv", tmp_path, weights):
         assert "cannot be written" in fails([*flags, "-o", str(bad)], capsys, tmp_path)
 
 
@@ -84,3 +95,147 @@ def test_mirror_images_and_batch_sizes_reach_the_network(flags, tmp_path, tiny_d
         printed = capsys.readouterr().out
         assert ("with mirror images" in printed) == ("--tta" in more)
         assert ("(dense)" in printed) == ("dense" in more)  # mostly zeros: sparse by itself
+
+
+def test_outputs_that_would_destroy_something_are_refused(flags, capsys, tmp_path):
+    images, sheet = tmp_path / "images.npy", tmp_path / "images.png"
+    np.save(images, np.zeros((3, 28, 28), np.uint8))
+    sheet.symlink_to(images)
+    for bad in (
+        ["-o", flags[1]],
+        ["--show", flags[1]],
+        ["--show", flags[3]],
+        ["-o", "-", "--show", "/dev/stdout"],
+        ["-o", str(images), str(images)],
+        ["--show", str(sheet), str(images)],
+        ["-o", str(Path(flags[5]) / "t10k-images-idx3-ubyte")],
+    ):
+        assert "the same file as" in fails([*flags, *bad], capsys, tmp_path)
+
+
+def test_other_class_names_are_refused_and_shown(flags, capsys, tmp_path):
+    model, meta = checkpoint.load(flags[1])
+    names = ["cat", *meta["classes"][1:]]
+    checkpoint.save(tmp_path / "weights.pth", model, {**meta, "classes": names})
+    error = fails(flags, capsys, tmp_path)
+    assert "cat, Trouser" in error and "T-shirt/top, Trouser" in error
+
+
+def plain(path, stem=4):
+    torch.manual_seed(0)
+    model = models.build("resnet18", 3, stem=stem).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+@pytest.mark.parametrize("stem", models.STEMS)
+def test_plain_files_are_for_the_images_that_the_user_says(stem, tmp_path, capsys):
+    weights, out = tmp_path / "plain.pth", tmp_path / "out.csv"
+    model = plain(weights, stem)
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    flags = ["-w", str(weights), "-o", str(out), str(tmp_path / "images.npy"), "--probs"]
+    said = ["--image-size", "32", "--colour", "--stem", str(stem)]
+    assert predict.main([*flags, *said]) == 0
+    assert capsys.readouterr().err == ""
+    rows = list(csv.DictReader(io.StringIO(out.read_text())))
+    expected = models.infer(model, torch.from_numpy(images)).softmax(1)
+    got = torch.tensor([[float(row[k]) for k in "012"] for row in rows])
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    assert predict.main(flags) == 0
+    guess = "" if stem == 4 else ", stem 1"
+    assert capsys.readouterr().err == (
+        f"predict.py: {weights} does not say what images it is for: taken to be 28x28, grey{guess}"
+        "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (["--image-size", "32"], "--image-size 32, but it is for 28x28, grey images"),
+        (["--colour"], "--colour, but it is for"),
+        (["--stem", "2"], "its stem is 4, not 2"),
+        (["--image-size", "4"], "possible are 8 to 512"),
+    ],
+)
+def test_flags_against_what_the_file_says(said, message, flags, capsys, tmp_path):
+    assert message in fails([*flags, *said], capsys, tmp_path)
+    if said[1:] not in (["4"], ["2"]):
+        assert predict.main([*flags, "--image-size", "28", "--stem", "4"]) == 0
+
+
+@pytest.mark.parametrize("output", ["-", "/dev/stdout"])
+@pytest.mark.parametrize("json", [[], ["--json"]])
+def test_predictions_on_standard_output_stand_there_alone(output, json, flags, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    command = [sys.executable, SCRIPT, *flags[:2], *flags[4:], "-o", output, *json]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("id,pred\n0,")
+    assert done.stdout.count("\n") == 41 and "100" in done.stderr
+    with log.open("a") as file:
+        subprocess.run(command, stdout=file, check=True, stderr=subprocess.DEVNULL)
+    assert log.read_text() == "before\n" + done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_it_leaves_everything_as_it_was(number, flags, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    before = sorted(tmp_path.iterdir())
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags, pipe], stderr=subprocess.PIPE)
+    with pipe.open("wb") as file:  # 30,000 images are announced, 20,000 come
+        header = bytes((0, 0, 8, 3)) + np.array((30_000, 28, 28), ">i4").tobytes()
+        file.write(header + bytes(20_000 * 28 * 28))
+        file.flush()
+        while sorted(tmp_path.iterdir()) == before:
+            time.sleep(0.05)
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and error.strip().decode() == "stopped"
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "submission.csv").read_text() == "precious"
+
+
+def test_memory_is_bounded_by_what_comes_out(tmp_path, monkeypatch):
+    """Small images made large are few at a time, here and in the network."""
+    monkeypatch.setattr(data, "MOST_BYTES", 2**20)
+    weights, sizes = tmp_path / "plain.pth", []
+    plain(weights)
+    np.save(tmp_path / "images.npy", np.zeros((20, 8, 8, 3), np.uint8))
+    real = torch.nn.functional.interpolate
+
+    def interpolate(images, *args, **kwargs):
+        out = real(images, *args, **kwargs)
+        sizes.append(out.nbytes)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", interpolate)
+    seen = []
+    monkeypatch.setattr(
+        models, "infer", lambda m, x, *_: seen.append(x.nbytes) or torch.zeros(len(x), 3)
+    )
+    flags = ["-w", str(weights), "-o", str(tmp_path / "x.csv"), "--colour", "--image-size", "256"]
+    assert predict.main([*flags, str(tmp_path / "images.npy")]) == 0
+    assert len(seen) == 4 and max(seen) <= 2**20 and max(sizes) <= 2**20
+
+
+def test_large_images_go_through_the_network_a_few_at_a_time():
+    seen = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, images):
+            seen.append(len(images))
+            return images.mean((2, 3))
+
+    for size, most in ((28, 250), (64, 250), (512, 3)):
+        seen.clear()
+        models.infer(
+            Model(1, 1), torch.zeros(4, size, size, dtype=torch.uint8).repeat(63, 1, 1)[:251]
+        )
+        assert max(seen) == most and sum(seen) == 251

@@ -1,0 +1,30 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SAID = "import shell, sys\nsys.exit(shell.run(lambda: {}))"
+
+
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "export.py", "bench.py"])
+def test_a_closed_pipe_ends_a_script_without_a_word(script):
+    """As `| head` does; all scripts print their help on the way that they print everything."""
+    command = f"{sys.executable} {ROOT / script} --help | true; exit ${{PIPESTATUS[0]}}"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [("7", 7), ("__import__('os').kill(__import__('os').getpid(), 15)", 130), ("sys.exit(2)", 2)],
+)
+def test_exit_codes(work, code):
+    done = subprocess.run(
+        [sys.executable, "-c", SAID.format(work)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert done.stderr == ("\nstopped\n" if code == 130 else "")
