@@ -45,13 +45,43 @@ class Map:
 
 
 @dataclass
+class Pool:
+    """Maxima of a map's windows of `kernel` x `kernel` positions, `stride` apart."""
+
+    target: Map
+    kernel: int
+    stride: int
+    padding: int
+
+    def windows(self, source: Map) -> list[tuple[int, list[int]]]:
+        """(offset of an output, offsets of the inputs within the map that it is the largest of)."""
+        places = itertools.product(range(self.target.size), repeat=2)
+        return [
+            (self.target.at(*place), [source.at(*at) for at in self._window(source.size, *place)])
+            for place in places
+        ]
+
+    def _window(self, size: int, y: int, x: int) -> list[tuple[int, int]]:
+        rows, columns = (
+            [tap + v * self.stride - self.padding for tap in range(self.kernel)] for v in (y, x)
+        )
+        return [
+            (r, c)
+            for r, c in itertools.product(rows, columns)
+            if 0 <= min(r, c) <= max(r, c) < size
+        ]
+
+
+@dataclass
 class Product:
     """target[o, out] (+)= bias[o] + sum over the row's weights w at tap t: w * source[t + in].
 
     Rows are output channels; `first`, `taps` and `values` are their weights that are not zero, as
-    in a CSR matrix. With `pool`, the rows share one map, of which (outputs, inputs) maxima go on.
+    in a CSR matrix. With `pool`, the rows share one map, of which maxima go on. With `copy`, the
+    weights are the identity's, and only the layout changes.
     """
 
+    name: str  # of the layer
     source: Map
     target: Map
     vectors: list[tuple[int, int, list[int]]]  # (in, out, cells from there on that are meant)
@@ -61,7 +91,8 @@ class Product:
     bias: Tensor  # float32 (rows,)
     add: bool = False  # onto what is in target
     relu: bool = False
-    pool: tuple[Map, list[tuple[int, list[int]]]] | None = None
+    pool: Pool | None = None
+    copy: bool = False
     unroll: int = 1  # weights at a time; rows are filled up with zeros
 
 
@@ -88,17 +119,19 @@ class Plan:
         self.cells = 0  # of memory
         self.products: list[Product] = []
         self._middle: dict[tuple[int, ...], Map] = {}
+        self._splits: dict[int, Map] = {}  # of a block, by the place of what was copied
         phases = model.conv1.stride[0] if positions > 1 else 1
         self.image = self._map(channels, image_size, model.conv1.padding[0], phases)
         places = itertools.product(range(image_size), repeat=2)
         self.pixels = torch.tensor([self.image.at(*p) for p in places], dtype=torch.int32)
         x = self._stem(model, channels)
-        for block in (b for stage in range(1, 5) for b in model.get_submodule(f"layer{stage}")):
-            x = self._block(block, x)
+        for stage in range(1, 5):
+            for index, block in enumerate(model.get_submodule(f"layer{stage}")):
+                x = self._block(f"layer{stage}.{index}", block, x)
         # The mean over the last map is left to the classifier: each pixel has its share.
         weight = model.fc.weight[:, :, None, None].expand(-1, -1, x.size, x.size) / x.size**2
         self.logits = self._map(len(weight), 1, 0)
-        self._product(weight, model.fc.bias, x, self.logits, 1, 0)
+        self._product("fc", weight, model.fc.bias, x, self.logits, 1, 0)
 
     @property
     def multiply_adds(self) -> int:
@@ -123,6 +156,7 @@ class Plan:
 
     def _product(
         self,
+        name: str,
         weight: Tensor,
         bias: Tensor,
         source: Map,
@@ -150,6 +184,7 @@ class Plan:
         values = torch.zeros(len(taps))
         values[place] = live[o, c, ky, kx]
         product = Product(
+            name,
             source,
             target,
             vectors,
@@ -162,14 +197,16 @@ class Plan:
         )
         self.products.append(product)
 
-    def _conv(self, conv: nn.Conv2d, source: Map, target: Map, **options) -> None:
-        stride = conv.stride[0]
+    def _conv(self, name: str, conv: nn.Conv2d, source: Map, target: Map, **options) -> None:
+        stride, padding = conv.stride[0], conv.padding[0]
         if self.positions > 1 and stride > source.phases:  # a copy, so that vectors can be read
-            split = self._map(source.channels, source.size, source.border, stride)
-            same = torch.eye(source.channels)[:, :, None, None]
-            self._product(same, torch.zeros(source.channels), source, split, 1, 0)
-            source = split
-        self._product(conv.weight, conv.bias, source, target, stride, conv.padding[0], **options)
+            if source.base not in self._splits:
+                split = self._map(source.channels, source.size, source.border, stride)
+                same = torch.eye(source.channels)[:, :, None, None], torch.zeros(source.channels)
+                self._product(f"{name}.input", *same, source, split, 1, 0, copy=True)
+                self._splits[source.base] = split
+            source = self._splits[source.base]
+        self._product(name, conv.weight, conv.bias, source, target, stride, padding, **options)
 
     def _stem(self, model: nn.Module, channels: int) -> Map:
         conv, pool = model.conv1, model.maxpool
@@ -178,38 +215,35 @@ class Plan:
         size = _size(self.image.size, conv)
         if isinstance(pool, nn.Identity):
             target = self._map(conv.out_channels, size, 1)
-            self._conv(conv, self.image, target, relu=True)
+            self._conv("conv1", conv, self.image, target, relu=True)
             return target
         target = self._map(conv.out_channels, _size(size, pool), 1)
-        one = self._map(1, size, 0)  # each channel goes through the pool before the next is made
-        maxima = []
-        for y in range(target.size):
-            for x in range(target.size):
-                rows, columns = (
-                    [v * pool.stride - pool.padding + tap for tap in range(pool.kernel_size)]
-                    for v in (y, x)
-                )
-                window = [
-                    (r, c) for r in rows for c in columns if 0 <= min(r, c) <= max(r, c) < size
-                ]
-                maxima.append((target.at(y, x), [one.at(*place) for place in window]))
-        self._conv(conv, self.image, one, relu=True, pool=(target, maxima))
+        # Each channel goes through the pool before the next is made. After the ReLU, a border of
+        # zeros is as good as none.
+        one = self._map(1, size, pool.padding)
+        pooled = Pool(target, pool.kernel_size, pool.stride, pool.padding)
+        self._conv("conv1", conv, self.image, one, relu=True, pool=pooled)
         return target
 
-    def _block(self, block: nn.Module, x: Map) -> Map:
+    def _block(self, name: str, block: nn.Module, x: Map) -> Map:
         """A BasicBlock or Bottleneck; its last convolution adds to what the shortcut left."""
-        convs = [module for name, module in block.named_children() if name.startswith("conv")]
+        convs = [
+            (f"{name}.{child}", module)
+            for child, module in block.named_children()
+            if child.startswith("conv")
+        ]
+        self._splits.clear()
         size, source = x.size, x
-        for index, conv in enumerate(convs[:-1]):
+        for index, (conv_name, conv) in enumerate(convs[:-1]):
             size = _size(size, conv)
             key = index, conv.out_channels, size
             if key not in self._middle:
                 self._middle[key] = self._map(conv.out_channels, size, int(size > 1))
-            self._conv(conv, source, self._middle[key], relu=True)
+            self._conv(conv_name, conv, source, self._middle[key], relu=True)
             source = self._middle[key]
         target = x
         if block.downsample is not None:
-            target = self._map(convs[-1].out_channels, size, int(size > 1))
-            self._conv(block.downsample[0], x, target)
-        self._conv(convs[-1], source, target, relu=True, add=True)
+            target = self._map(convs[-1][1].out_channels, size, int(size > 1))
+            self._conv(f"{name}.downsample", block.downsample[0], x, target)
+        self._conv(*convs[-1], source, target, relu=True, add=True)
         return target

@@ -159,9 +159,9 @@ class _Code:
                         total = b.select(mask, total, self._load(b, target, place, vector))
                     self._store(b, total, target, place)
             if p.pool:
-                pooled, maxima = p.pool
+                pooled = p.pool.target
                 to = self._at(b, scratch, b.add(I64(pooled.base), b.mul(o, I64(pooled.stride))))
-                for place, window in maxima:
+                for place, window in p.pool.windows(p.target):
                     best = self._load(b, target, window[0])
                     for other in window[1:]:
                         best = self._max(b, best, self._load(b, target, other))
