@@ -29,8 +29,9 @@ class CSource:
     """The C file of a torchvision ResNet for square images of `image_size` pixels.
 
     `bits`: 32 for float weights; 16, or 2 to 8, for integers with a scale for each output channel,
-    exact if the weights have been rounded so. `classes` are names, of any characters. `notes` are
-    lines for the comment at the top, and nothing that a file says of itself.
+    exact for weights that `checkpoint.rounded` gave (the first layer's stay floats). `classes` are
+    names, of any characters. `notes` are lines for the comment at the top, and nothing that a file
+    says of itself.
     """
 
     def __init__(
@@ -45,7 +46,6 @@ class CSource:
     ):
         self.plan = Plan(model, image_size, 1 if grey else 3, images=1, positions=POSITIONS)
         self.name, self.bits, self.classes, self.notes = name, bits, classes, notes
-        self.weight = "float" if bits == 32 else "int8_t" if bits <= 8 else "int16_t"
         self.table_bytes = 0
         self.tables: list[str] = []
         self.functions: dict[str, str] = {}  # names by texts
@@ -62,7 +62,7 @@ class CSource:
         names = [_string(c) for c in self.classes] or ["0"]
         parts = [
             self._comment(),
-            "#include <float.h>\n#include <stdint.h>\n#include <string.h>\n",
+            HEAD,
             f"const char *const {self.name}_classes[{len(names)}] = {{",
             *(f"    {name}," for name in names),
             "};\n",
@@ -128,8 +128,9 @@ class CSource:
         gaps = np.diff(taps, prepend=0)
         begins = np.diff(row, prepend=-1) > 0
         gaps[begins] = taps[begins]
-        tables = []
-        if self.bits < 32:
+        tables, weight = [], "float"
+        if self.bits < 32 and p is not self.plan.products[0]:
+            weight = "int8_t" if self.bits <= 8 else "int16_t"
             steps = 2 ** (self.bits - 1) - 1
             scales = np.zeros(rows, np.float32)
             np.maximum.at(scales, row, np.abs(values))
@@ -143,7 +144,7 @@ class CSource:
             fillers = np.maximum(gaps - 1, 0) // longest
             entries = len(gaps) + int(fillers.sum())
             size = entries * np.dtype(DTYPES[kind]).itemsize
-            size += entries * np.dtype(DTYPES[self.weight]).itemsize
+            size += entries * np.dtype(DTYPES[weight]).itemsize
             choices[size] = kind, longest, fillers, entries
         kind, longest, fillers, entries = choices[min(choices)]
         places = np.arange(len(gaps)) + fillers.cumsum()
@@ -153,7 +154,7 @@ class CSource:
         tables = [
             ("uint16_t" if counts.max() < 65536 else "uint32_t", f"{name}_counts", counts),
             (kind, f"{name}_gaps", all_gaps),
-            (self.weight, f"{name}_weights", all_values),
+            (weight, f"{name}_weights", all_values),
             *tables,
             ("float", f"{name}_bias", p.bias.numpy()),
         ]
@@ -188,12 +189,11 @@ class CSource:
         rows = 0 if p.pool else len(p.bias) - 1
         writes = rows * p.target.stride + p.target.at(0, 0) + reads
         self.cells = max(self.cells, source + furthest + reads, target + writes)
-        names = ", ".join(name for _, name in tables)
         lowest = "0" if p.relu else "-FLT_MAX"
-        flags = f"{len(p.bias)}, {int(p.add)}, {lowest}"
         return [
             *lines,
-            f"    {product}({flags}, {names},",
+            f"    {product}({len(p.bias)}, {int(p.add)}, {lowest},",
+            *(f"        {name}," for _, name in tables),
             f"        memory + {source}, memory + {target}{pooled});",
         ]
 
@@ -256,7 +256,7 @@ def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
     flat = size <= FLAT and source == target
     cells = (size - 1) * source + size
     if flat:  # all positions are equally far apart in both maps: rows need not be told apart
-        width = POSITIONS if cells > 24 else min(8, 1 << (cells - 1).bit_length())
+        width = POSITIONS if cells > 8 else min(8, 1 << (cells - 1).bit_length())
         vectors, columns = -(-cells // width), 1
     else:
         width = min(POSITIONS, 1 << (size - 1).bit_length())
@@ -264,8 +264,7 @@ def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
     pieces = -(-vectors // SUMS)
     vectors = -(-vectors // pieces)
     step = width if flat else source
-    # With few sums, one would wait for itself: several take turns.
-    turns = 4 if vectors * width <= 8 else 2 if vectors * width <= 32 else 1
+    turns = 4 if vectors * width <= 8 else 1  # of sums, if one would wait for itself
     names = ["counts", "gaps", "weights", "scales", "bias"]
     names = names if len(kinds) == 5 else [n for n in names if n != "scales"]
     parameters = [f"const {kind} *{name}" for kind, name in zip(kinds, names, strict=True)]
@@ -300,11 +299,13 @@ def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
         indent += "    "
         begin = f" + row * {source}" * (pieces > 1) + " + column" * (columns > 1)
 
-    def each(do: str, more: str = "", rows: str = "", lanes: str = "") -> list[str]:
+    def each(
+        do: str, more: str = "", unroll: str = "", rows: str = "", lanes: str = ""
+    ) -> list[str]:
         """Loops over the sums."""
         return [
-            f"{indent}{more}for (int v = 0; v < {vectors}{rows}; v++)",
-            f"{indent}{more}    for (int j = 0; j < {width}{lanes}; j++)",
+            f"{indent}{more}{unroll}for (int v = 0; v < {vectors}{rows}; v++)",
+            f"{indent}{more}    {unroll}for (int j = 0; j < {width}{lanes}; j++)",
             f"{indent}{more}        {do}",
         ]
 
@@ -312,7 +313,7 @@ def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
         return [
             f"{indent}{more}const float w = weights[{k}];",
             f"{indent}{more}from += gaps[{k}];",
-            *each(f"sums{turn}[v][j] += w * from[{step} * v + j];", more),
+            *each(f"sums{turn}[v][j] += w * from[{step} * v + j];", more, "UNROLL "),
         ]
 
     shape = f"[{turns}]" if turns > 1 else ""
@@ -383,7 +384,8 @@ def _copy(source: Map, target: Map) -> list[str]:
         f"            for (int j = 0; j < {p}; j++, y += {target.side**2})",
         f"                for (int v = 0; {p} * v + i < {side}; v++)",
         f"                    for (int u = 0; {p} * u + j < {side}; u++)",
-        f"                        y[{target.side} * v + u] = x[({p} * v + i) * {side} + {p} * u + j];",
+        f"                        y[{target.side} * v + u] =",
+        f"                            x[({p} * v + i) * {side} + {p} * u + j];",
         "}",
     ]
 
@@ -413,10 +415,11 @@ def _pool(pool: Pool, source: Map) -> list[str]:
 
 
 def _string(text: str) -> str:
-    """A C string: whatever is not a plain character becomes an octal escape, `?` against trigraphs."""
-    plain = lambda byte: 32 <= byte < 127 and chr(byte) not in '"\\?'  # noqa: E731
-    raw = text.encode(errors="replace")
-    return '"' + "".join(chr(b) if plain(b) else f"\\{b:03o}" for b in raw) + '"'
+    """A C string: what is not a plain character becomes an octal escape; `?` for trigraphs."""
+    return '"' + "".join(
+        chr(byte) if 32 <= byte < 127 and byte not in b'"\\?' else f"\\{byte:03o}"
+        for byte in text.encode(errors="replace")
+    ) + '"'  # fmt: skip
 
 
 def identifier(name: str) -> str:
@@ -424,6 +427,17 @@ def identifier(name: str) -> str:
     name = re.sub(r"\W", "_", name, flags=re.ASCII)
     return name if name[:1].isalpha() else f"net_{name}"
 
+
+HEAD = """#include <float.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __clang__ /* which keeps sums in registers only if told; GCC does so by itself */
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL
+#endif
+"""
 
 PROGRAM = r"""#ifdef CLASSIFY_MAIN
 #include <stdio.h>

@@ -1,19 +1,28 @@
-"""Write a pruned network as ONNX, with everything removed that cannot matter, or in half precision.
+"""Write a network as ONNX, as one C file, or as a weights file of fewer bits.
 
     uv run --group export export.py -w pruned_resnet18.pth     # writes pruned_resnet18.onnx
-    uv run export.py -w pruned_resnet18.pth --half             # writes pruned_resnet18-half.pth
+    uv run export.py -w pruned_resnet18.pth --c                # writes pruned_resnet18.c
+    uv run export.py -w pruned_resnet18.pth --bits 8           # writes pruned_resnet18-8bit.pth
+    uv run export.py -w pruned_resnet18.pth --c --bits 8       # writes pruned_resnet18-8bit.c
 
 ONNX has no sparse convolution, so what zeros are left are stored and multiplied. But BatchNorm is
 folded into the convolutions, channels that nobody reads go, and so do kernel taps that only ever
-meet padding. The file takes uint8 images (N, H, W) (colour: (N, 3, H, W)) as they are, and gives
-logits. It is checked against PyTorch, with onnxruntime, before it gets its name.
+meet padding. The C file has only the weights that are not zero. Both take uint8 images as they are,
+and give logits, which are compared with PyTorch's before the file gets its name.
 """
 
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
 
 import argparse
+import copy
+import ctypes
 import io
+import os
+import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,11 +30,13 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import csource
 import data
 import models
+import prune
 import rewrite
 
-TOLERANCE = 1e-4  # of logits, between PyTorch and the export
+TOLERANCE = 1e-4  # between PyTorch and the export, of the largest logit
 
 
 class ExportError(Exception):
@@ -89,33 +100,43 @@ class Stock(nn.Module):
         return self.model(models.normalize(images_u8))
 
 
-def export_half(args: argparse.Namespace) -> None:
-    """The same weights file with values in half precision, and what that changes."""
-    output = args.output or args.weights.with_name(f"{args.weights.stem}-half.pth")
+def export_bits(args: argparse.Namespace) -> None:
+    """The same weights file with values of fewer bits, and what that changes."""
+    output = args.output or args.weights.with_name(f"{args.weights.stem}-{args.bits}bit.pth")
     checkpoint.check_output(output)
     model, meta = checkpoint.load(args.weights)
-    images_u8, what = images(args, meta)
+    images_u8, labels, what = images(args, meta)
     expected = models.infer(model, images_u8)
-    checkpoint.save(output, model, meta, half=True)
+    checkpoint.save(output, model, meta, args.bits)
     logits = models.infer(checkpoint.load(output)[0], images_u8)
-    same = int((logits.argmax(1) == expected.argmax(1)).sum())
     before, after = (path.stat().st_size / 1000 for path in (args.weights, output))
-    print(
-        f"{output}: {after:,.0f} instead of {before:,.0f} kB, {same:,} of {len(images_u8):,} ",
-        end="",
-    )
-    print(f"{what} as before, logits within {float((logits - expected).abs().max()):.0e}")
+    print(f"{output}: {after:,.0f} instead of {before:,.0f} kB, {same(logits, expected)} ", end="")
+    print(f"{what} as before" + accuracies(labels, expected, logits))
 
 
-def images(args: argparse.Namespace, meta: dict) -> tuple[Tensor, str]:
-    """What a network can be checked with: the test images, or noise if they were somebody's own."""
+def same(logits: Tensor, expected: Tensor) -> str:
+    """How many predictions are equal."""
+    return f"{int((logits.argmax(1) == expected.argmax(1)).sum()):,} of {len(logits):,}"
+
+
+def accuracies(labels: Tensor | None, *logits: Tensor) -> str:
+    """Accuracies before and after, if the answers are known."""
+    if labels is None:
+        return ""
+    before, *after = (f"{models.accuracy(part, labels):.2%}" for part in logits)
+    return f", test accuracy {before}" + "".join(f" -> {part}" for part in after)
+
+
+def images(args: argparse.Namespace, meta: dict) -> tuple[Tensor, Tensor | None, str]:
+    """What a network can be checked with: test images and labels, or noise if it has others."""
     size, grey = meta.get("image_size", 28), meta.get("grey", True)
     name = meta.get("dataset", "fashion-mnist")
     if name != "folder":
-        return data.load(data.find(args.data, name, size), "test")[0], "test images"
+        return *data.load(data.find(args.data, name, size), "test"), "test images"
     shape = (1000, size, size) if grey else (1000, 3, size, size)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, shape, generator=generator, dtype=torch.uint8), "random images"
+    noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return noise, None, "random images"
 
 
 def export_onnx(args: argparse.Namespace) -> None:
@@ -128,47 +149,145 @@ def export_onnx(args: argparse.Namespace) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed: uv run --group export ...") from None
-    images_u8, what = images(args, meta)
+    images_u8, _, what = images(args, meta)
     size, grey = meta.get("image_size", 28), meta.get("grey", True)
     slim = to_onnx(Slim(model, size, grey).eval(), images_u8[:2])
     logits, speed = run(slim, images_u8)
     expected = models.infer(model, images_u8)
-    difference = float((logits - expected).abs().max())
-    if difference > TOLERANCE:
-        raise ExportError(f"the export differs by {difference:.1e} in a logit; nothing was written")
+    difference = check(logits, expected)
     checkpoint.write(output, slim)
     stock = to_onnx(Stock(model).eval(), images_u8[:2])
     _, stock_speed = run(stock, images_u8)
-    same = int((logits.argmax(1) == expected.argmax(1)).sum())
-    print(f"{output}: {same:,} of {len(images_u8):,} {what} as in PyTorch, ", end="")
+    print(f"{output}: {same(logits, expected)} {what} as in PyTorch, ", end="")
     print(f"logits within {difference:.0e}")
     print(f"{'':8}{'kB':>9}{'images/s (onnxruntime)':>25}")
     for title, file, rate in (("export", slim, speed), ("stock", stock, stock_speed)):
         print(f"{title:8}{len(file) / 1000:>9,.0f}{rate:>25,.0f}")
 
 
+def check(logits: Tensor, expected: Tensor) -> float:
+    """The largest difference. Raises ExportError if it is more than TOLERANCE, or NaN."""
+    difference = float((logits - expected).abs().max())
+    if not difference <= TOLERANCE * max(float(expected.abs().max()), 1):
+        raise ExportError(f"the export differs by {difference:.1e} in a logit; nothing was written")
+    return difference
+
+
+# --- C ------------------------------------------------------------------------------------------
+
+
+def compiler() -> list[str] | None:
+    """The command of a C compiler: the variable CC, else cc, gcc or clang; None if absent."""
+    for words in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+class CLibrary:
+    """A C file of `csource.CSource`, compiled for this machine and loaded. Raises ExportError."""
+
+    def __init__(self, text: str, name: str, classes: int):
+        self.classes = classes
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder) / f"{name}.c", Path(folder) / f"{name}.so"
+            source.write_text(text)
+            command = [*compiler(), "-O3", "-shared", "-fPIC", str(source), "-o", str(library)]
+            for more in (["-march=native"], []):  # which not every compiler knows
+                done = subprocess.run([*command, *more], capture_output=True, text=True)
+                if done.returncode == 0:
+                    break
+            else:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise ExportError(f"{command[0]} cannot compile the C file: {reason}")
+            try:
+                loaded = ctypes.CDLL(str(library))
+            except OSError as error:
+                raise ExportError(f"the compiled C file cannot be loaded: {error}") from None
+            self._logits = getattr(loaded, f"{name}_logits")
+        self._logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+
+    def __call__(self, images_u8: Tensor) -> Tensor:
+        """Logits, float32 (N, classes), of uint8 images (N, H, W) or (N, 3, H, W), one by one."""
+        images_u8 = images_u8.contiguous()
+        logits = torch.empty(len(images_u8), self.classes)
+        begin, step = images_u8.data_ptr(), images_u8[:1].numel()
+        for i in range(len(images_u8)):
+            self._logits(begin + i * step, logits.data_ptr() + 4 * i * self.classes)
+        return logits
+
+
+def c_source(
+    model: nn.Module, meta: dict, name: str, bits: int, notes: list[str]
+) -> tuple[nn.Module, csource.CSource]:
+    """(the network as the C file computes it, the C file's source)."""
+    size, grey = meta.get("image_size", 28), meta.get("grey", True)
+    if bits < 32:  # rounded is what is used: dead taps and unused channels would set scales
+        model = rewrite.untrimmed(rewrite.trim_(copy.deepcopy(model), size))
+        if grey:
+            prune.fold_equal_channels_(model)
+        model = checkpoint.rounded(model, bits)
+    return model, csource.CSource(model, size, grey, name, bits, meta.get("classes", ()), notes)
+
+
+def export_c(args: argparse.Namespace) -> None:
+    """Write the C file, compile and compare it if that can be done."""
+    ending = "" if args.bits == 32 else f"-{args.bits}bit"
+    output = args.output or args.weights.with_name(f"{args.weights.stem}{ending}.c")
+    checkpoint.check_output(output)
+    model, meta = checkpoint.load(args.weights)
+    images_u8, labels, what = images(args, meta)
+    stock = models.infer(model, images_u8)
+    name = csource.identifier(output.stem)
+    notes = [f"A {meta['arch']} of {meta['parameters']:,} parameters, written by export.py."]
+    network, source = c_source(model, meta, name, args.bits, notes)
+    expected = stock if args.bits == 32 else models.infer(network, images_u8)
+    if labels is not None:
+        accuracy = models.accuracy(expected, labels)
+        notes.append(f"Accuracy on the {len(labels):,} test images: {accuracy:.2%}.")
+    text = source.text()
+    checked = ""
+    if compiler():
+        logits = CLibrary(text, name, meta["num_classes"])(images_u8)
+        difference = check(logits, expected)
+        checked = f"{same(logits, stock)} {what} as in PyTorch, logits within {difference:.0e}"
+        checked += " of the rounded network's" if args.bits < 32 else ""
+        checked += accuracies(labels, logits)
+    checkpoint.write(output, text)
+    checked = checked or "not compiled and compared, there is no C compiler"
+    print(f"{output}: {checked}")
+    print(
+        f"{source.table_bytes / 1000:,.0f} kB of tables, {source.memory_bytes / 1000:,.0f} kB RAM"
+    )
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Write a network as ONNX, without channels and kernel taps that cannot matter, "
-        "or its weights in half precision."
+        "as one C file without its zeros, or as a weights file of fewer bits."
     )
     parser.add_argument(
         "-w", "--weights", type=Path, required=True, metavar="FILE", help="weights of a ResNet"
     )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE",
-        help="default: FILE.onnx, or FILE-half.pth, beside the weights",
+        help="default: FILE.onnx, FILE.c or FILE-<N>bit.pth, beside the weights",
     )  # fmt: skip
+    parser.add_argument("--c", action="store_true", help="C99 instead of ONNX")
     parser.add_argument(
-        "--half", action="store_true", help="a weights file in half precision instead of ONNX"
-    )
+        "--bits", type=int, default=32, choices=checkpoint.BITS, metavar="N",
+        help="bits of a weight, 2 to 8 or 16, in a weights file instead of ONNX, or in C",
+    )  # fmt: skip
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder with the images that it is checked with"
     )
     args = parser.parse_args(argv)
     try:
         with torch.inference_mode():
-            export_half(args) if args.half else export_onnx(args)
+            export_c(args) if args.c else export_bits(args) if args.bits < 32 else export_onnx(args)
     except (ExportError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2

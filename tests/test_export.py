@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import damage
 
 import checkpoint
 import export
@@ -72,12 +73,40 @@ def test_bad_input_gets_one_line(tmp_path, capsys, shipped_like):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_half_precision_is_written_beside_the_weights(shipped_like, tiny_data, tmp_path, capsys):
+@pytest.mark.parametrize("bits", [16, 8, 5])
+def test_fewer_bits_are_written_beside_the_weights(bits, shipped_like, tiny_data, tmp_path, capsys):
     weights = tmp_path / "w.pth"
     weights.write_bytes(shipped_like.read_bytes())
-    assert export.main(["-w", str(weights), "--half", "--data", str(tiny_data)]) == 0
-    smaller = tmp_path / "w-half.pth"
-    assert smaller.stat().st_size < 0.7 * weights.stat().st_size
+    assert export.main(["-w", str(weights), "--bits", str(bits), "--data", str(tiny_data)]) == 0
+    smaller = tmp_path / f"w-{bits}bit.pth"
+    assert smaller.stat().st_size < (0.7 if bits == 16 else 0.5) * weights.stat().st_size
     printed = capsys.readouterr().out
-    assert str(smaller) in printed and "of 40 test images as before" in printed
+    assert str(smaller) in printed and "of 40 test images as before, test accuracy" in printed
     assert checkpoint.load(smaller)[1]["parameters"] == 100_000
+
+
+def test_the_c_file_is_checked_and_written(shipped_like, tiny_data, tmp_path, capsys, monkeypatch):
+    flags = ["-w", str(shipped_like), "--c", "--data", str(tiny_data), "-o"]
+    if export.compiler():
+        assert export.main([*flags, str(tmp_path / "net.c")]) == 0
+        assert "40 of 40 test images as in PyTorch" in capsys.readouterr().out
+        assert "void net_logits(" in (tmp_path / "net.c").read_text()
+        assert "test images: " in (tmp_path / "net.c").read_text().split("*/")[0]
+        monkeypatch.setattr(export.CLibrary, "__call__", lambda self, x: torch.zeros(len(x), 10))
+        assert export.main([*flags, str(tmp_path / "wrong.c")]) == 2
+        assert "differs by" in capsys.readouterr().err
+    monkeypatch.setattr(export, "compiler", lambda: None)
+    assert export.main([*flags, str(tmp_path / "other.c")]) == 0
+    assert "there is no C compiler" in capsys.readouterr().out
+    assert (tmp_path / "other.c").exists() and not (tmp_path / "wrong.c").exists()
+
+
+@pytest.mark.parametrize("kind", ["NaN", "code", "miscounted", "classes", "bomb", "stem"])
+def test_no_c_file_of_a_hostile_one(kind, shipped_like, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(shipped_like.read_bytes())
+    damage(weights, kind)
+    assert export.main(["-w", str(weights), "--c"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [weights]
