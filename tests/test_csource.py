@@ -105,7 +105,7 @@ def test_dead_channels_and_empty_layers(resnet18, tmp_path, sanitizers):
     compare(tmp_path, sanitizers, resnet18, pictures(3), 8)
 
 
-HOSTILE = [  # fmt: skip
+HOSTILE = [
     "*/ int x;",
     'a"; int y; "',
     "line\nbreak\r",
@@ -121,7 +121,7 @@ HOSTILE = [  # fmt: skip
 
 @compiled
 def test_class_names_stay_in_their_strings(tmp_path):
-    model, meta = checkpoint.load(SHIPPED)
+    model, _ = checkpoint.load(SHIPPED)
     source = compare(tmp_path, ["-trigraphs"], model, pictures(2), classes=HOSTILE)
     writes = "".join(
         f"fwrite(net_classes[{i}], {len(name.encode())}, 1, stdout);"
