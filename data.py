@@ -19,7 +19,6 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageOps
 from torch import Generator, Tensor
 
@@ -99,6 +98,8 @@ def find(
 
 def _torchvision(dataset: str, path: Path, train: bool):
     """torchvision's data set, downloaded if it is not in `path`."""
+    import torchvision
+
     try:
         return getattr(torchvision.datasets, TORCHVISION[dataset])(path, train, download=True)
     except Exception as error:  # torchvision lets out whatever stops it
@@ -141,6 +142,8 @@ def _within(folder: Path) -> Path | None:
 
 
 def _fetch_torchvision() -> None:
+    import torchvision
+
     torchvision.datasets.FashionMNIST(CACHE_DIR, download=True)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import rewrite
 
+LARGEST = 64  # pixels a side of the images for `sparse.py`, whose code has every position
+
 
 @dataclass
 class Map:

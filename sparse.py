@@ -33,8 +33,6 @@ F32, I32, I64, PTR, VOID = (
     ir.VoidType(),
 )
 
-LARGEST = 64  # pixels a side of the images: every position becomes code of its own
-
 # --- the code that computes it ------------------------------------------------------------------
 
 

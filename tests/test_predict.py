@@ -1,8 +1,11 @@
 import csv
+import subprocess
+import sys
 
 import pytest
 import torch
 from test_checkpoint import KINDS, damage
+from test_project import ROOT
 
 import checkpoint
 import data
@@ -84,3 +87,10 @@ def test_mirror_images_and_batch_sizes_reach_the_network(flags, tmp_path, tiny_d
         printed = capsys.readouterr().out
         assert ("with mirror images" in printed) == ("--tta" in more)
         assert ("(dense)" in printed) == ("dense" in more)  # mostly zeros: sparse by itself
+
+
+def test_a_start_imports_nothing_that_is_not_used():
+    heavy = ["pandas", "matplotlib", "llvmlite", "torch._dynamo", "sympy", "torchmetrics"]
+    code = f"import sys, predict; print([name for name in {heavy} if name in sys.modules])"
+    started = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert started.stdout == "[]\n", started.stderr
