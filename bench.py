@@ -169,6 +169,7 @@ def ways(weights: Path, source: data.Source) -> Figures:
     model, meta = checkpoint.load(weights)
     size = meta.get("image_size", 28)
     images_u8, _ = data.load(source, "test")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     expected = models.infer(model, images_u8).argmax(1)
     results, engines = Figures(), {}
@@ -230,6 +231,7 @@ def ways(weights: Path, source: data.Source) -> Figures:
             for threads, seconds in alternate(runs).items():
                 rates = [threads * repeats * n / s for s in seconds]
                 results.add(rates, f"threads {threads}", str(n))
+    torch.set_num_threads(threads)
     print(f"\n{'way out':14}{'kB':>10}{'equal':>8}{'batch 1':>10}{'batch 256':>11}")
     for name, row in results.medians.items():
         size = f"{row['bytes'] / 1000:,.0f}" if "bytes" in row else ""
