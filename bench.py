@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,8 @@ import train
 
 WEIGHTS = Path(__file__).resolve().parent / "pruned_resnet18.pth"
 BATCHES = (1, 32, 256, 1024)
-PARTS = ("train", "files", "predict")
+WAY_BATCHES = (1, 256)
+PARTS = ("train", "files", "predict", "ways")
 ROUNDS = 5  # of all that is compared, in turns
 SECONDS = 0.3  # at least, that each is run in a round
 
@@ -159,6 +161,86 @@ def predict(weights: Path, source: data.Source, device: torch.device) -> Figures
             results.add([n / s for s in seconds], name, str(n))
     for name, row in results.medians.items():
         print(f"{name:14}" + "".join(f"{row[str(n)]:>12,.0f}" for n in BATCHES))
+    return results
+
+
+@torch.inference_mode()
+def ways(weights: Path, source: data.Source) -> Figures:
+    """What leaves this project, each way in one thread: kB, images per second, equal predictions.
+
+    And images per second of one sparse engine that 1 and 2 threads share, each a batch at a time.
+    """
+    model, meta = checkpoint.load(weights)
+    size = meta.get("image_size", 28)
+    images_u8, _ = data.load(source, "test")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = models.infer(model, images_u8).argmax(1)
+    results, engines = Figures(), {}
+
+    def normalized(engine: Callable) -> Callable:
+        return lambda images_u8: engine(models.normalize(images_u8).contiguous())
+
+    engine = sparse.SparseResNet(model, size)
+    results.add([weights.stat().st_size], "sparse", "bytes")
+    engines["sparse"] = normalized(engine)
+    with tempfile.TemporaryDirectory() as scratch:
+        for bits in (16, 8):
+            path, name = Path(scratch) / "bits.pth", f"{bits} bits"
+            checkpoint.save(path, model, meta, bits)
+            results.add([path.stat().st_size], name, "bytes")
+            engines[name] = normalized(sparse.SparseResNet(checkpoint.load(path)[0], size))
+    for bits in (32, 8) if export.compiler() else ():
+        name = f"c {bits} bits"
+        _, written = export.c_source(model, meta, "net", bits, [])
+        results.add([written.table_bytes], name, "bytes")
+        engines[name] = export.CLibrary(written.text(), "net", meta["num_classes"])
+    try:
+        import onnxruntime
+    except ImportError:
+        print("onnxruntime: not installed (--group bench)", file=sys.stderr)
+    else:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        slim = export.Slim(model, size, meta.get("grey", True)).eval()
+        for name, module in (("onnx", slim), ("onnx stock", export.Stock(model).eval())):
+            file = export.to_onnx(module, images_u8[:2])
+            session = onnxruntime.InferenceSession(file, options)
+            results.add([len(file)], name, "bytes")
+            engines[name] = lambda images, session=session: torch.from_numpy(
+                session.run(None, {"images": images.numpy()})[0]
+            )
+    for name, run in engines.items():
+        logits = torch.cat([run(part) for part in images_u8.split(250)])
+        results.add([int((logits.argmax(1) == expected).sum())], name, "equal")
+        results.add([len(expected)], name, "of")
+    for n in WAY_BATCHES:
+        batch = images_u8[:n].clone()
+        runs = {name: lambda run=run, batch=batch: run(batch) for name, run in engines.items()}
+        for name, seconds in alternate(runs).items():
+            results.add([n / s for s in seconds], name, str(n))
+        images = models.normalize(batch).contiguous()
+        repeats = max(2000 // n, 1)
+
+        def serve(images: Tensor = images, repeats: int = repeats) -> None:
+            for _ in range(repeats):
+                engine(images)
+
+        def shared(threads: int, serve: Callable = serve) -> None:
+            for done in [pool.submit(serve) for _ in range(threads)]:
+                done.result()
+
+        with ThreadPoolExecutor(2) as pool:
+            runs = {threads: lambda threads=threads: shared(threads) for threads in (1, 2)}
+            for threads, seconds in alternate(runs).items():
+                rates = [threads * repeats * n / s for s in seconds]
+                results.add(rates, f"threads {threads}", str(n))
+    torch.set_num_threads(threads)
+    print(f"\n{'way out':14}{'kB':>10}{'equal':>8}{'batch 1':>10}{'batch 256':>11}")
+    for name, row in results.medians.items():
+        size = f"{row['bytes'] / 1000:,.0f}" if "bytes" in row else ""
+        rates = [f"{row[str(n)]:,.0f}" for n in WAY_BATCHES]
+        print(f"{name:14}{size:>10}{row.get('equal', ''):>8}{rates[0]:>10}{rates[-1]:>11}")
     return results
 
 
@@ -341,6 +423,7 @@ def main(argv: list[str] | None = None) -> int:
             "predict": lambda: predict(args.weights, source, device),
             "train": lambda: training(source, device),
             "files": lambda: files(args.weights),
+            "ways": lambda: ways(args.weights, source),
         }[args.only]()
     except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"bench.py: {error}", file=sys.stderr)

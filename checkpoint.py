@@ -3,11 +3,15 @@
 A weights file is a dict that `torch.load(weights_only=True)` reads:
 
     format    "pruned-resnet"
-    version   2
+    version   2, or 3 with `bits`
     meta      what the file knows about itself: arch, stem, num_classes, classes, image_size,
               budget, parameters, and where it comes from (stage, recipe, seed, commit,
               val_accuracy)
     values    float32: the non-zero conv and linear weights, in the order of the state dict
+    bits      if there, 2 to 8: `values` are int8 numbers of up to 2**(bits - 1) - 1, multiples of
+              their output channel's scale, and without those of the first layer
+    scales    float32, with `bits`: one for each output channel of all layers but the first
+    first     float32, with `bits`: the first layer's values
     half      True if `values` is float16 instead
     gaps      uint16: distance of each from the one before, over all these weights laid end to end,
               65535 standing for "65535 further, no value here"; None if `values` holds every weight
@@ -15,11 +19,12 @@ A weights file is a dict that `torch.load(weights_only=True)` reads:
     integers  int64: BatchNorm's batch counters
 
 Shapes are not stored: they follow from arch, stem (if absent, 4) and num_classes. In a pruned
-file, one with gaps, the four tensors are compressed without loss, see `_pack`.
+file, one with gaps, the tensors are compressed without loss, see `_pack`.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import lzma
 import os
@@ -40,15 +45,18 @@ import data
 import models
 import prune
 
-FORMAT, VERSION = "pruned-resnet", 2
+FORMAT, VERSIONS = "pruned-resnet", (2, 3)
 CLASSES = 10_000  # more are taken for damage: a file must not fill the memory
 STEP = 65535  # the longest gap, which holds no value
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)  # that weights can be rounded to
 SMALLEST_HALF = 2.0**-24
 DTYPES = {
     "values": torch.float32,
     "gaps": torch.uint16,
     "others": torch.float32,
     "integers": torch.int64,
+    "scales": torch.float32,
+    "first": torch.float32,
 }
 STRANGERS = (  # dtypes of others' weights, masks and counters
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
@@ -185,42 +193,97 @@ def read(path: str | Path) -> object:
 # --- weights ------------------------------------------------------------------------------------
 
 
-def save(path: Path, model: nn.Module, meta: dict, half: bool = False) -> None:
+def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
     """Write the weights of `model` in the format above; `meta` needs arch and num_classes.
 
-    Zero weights are left out (if that pays), and a pruned -0.0 comes back as 0.0. With `half`, the
-    non-zero conv and linear weights are rounded to float16; those too small for it become the
-    smallest there is, so that the count stays. Raises CheckpointError, also if one is too large.
+    Zero weights are left out (if that pays), and a pruned -0.0 comes back as 0.0. With 16 `bits`,
+    conv and linear weights are rounded to float16. With 2 to 8 they are as in `rounded`, and all
+    other numbers have 11 significant bits. The count stays. Raises CheckpointError, also if a
+    weight is too large for float16.
     """
-    prunable = prune.weights(model).keys()
+    prunable = list(prune.weights(model))
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    others = [t.flatten() for n, t in state.items() if n not in prunable and t.is_floating_point()]
+    integers = [t.flatten() for t in state.values() if not t.is_floating_point()]
+    parts = {"others": torch.cat(others), "integers": torch.cat(integers)}
     flat = torch.cat([state[name].flatten() for name in prunable])
     positions = flat.nonzero().squeeze(1)
-    gaps = None
-    if len(positions) < len(flat) / 4:
-        flat = flat[positions]
-        steps = positions.diff(prepend=torch.tensor([-1]))
-        gaps = torch.full((int((steps // STEP + 1).sum()),), STEP)
-        gaps[(steps // STEP + 1).cumsum(0) - 1] = steps % STEP
-        gaps = gaps.to(torch.uint16)
-    if half:
+    first = state[prunable[0]].flatten()
+    if bits == 16:
         flat = flat.where(flat == 0, flat.sign() * flat.abs().clamp(min=SMALLEST_HALF)).half()
         if not flat.isfinite().all():
             raise CheckpointError(f"{path}: not written, a weight is too large for half precision")
-    others = [t.flatten() for n, t in state.items() if n not in prunable and t.is_floating_point()]
-    integers = [t.flatten() for t in state.values() if not t.is_floating_point()]
-    parts = {"values": flat, "others": torch.cat(others), "integers": torch.cat(integers)}
-    if gaps is not None:
-        parts = {name: _pack(tensor) for name, tensor in {**parts, "gaps": gaps}.items()}
+    elif bits < 16:
+        whole, scales = zip(*(levels(state[name], bits) for name in prunable[1:]), strict=True)
+        flat = torch.cat([torch.zeros(len(first), dtype=torch.int8), *(w.flatten() for w in whole)])
+        parts = {"scales": torch.cat(scales), "first": _shorter(first), **parts}
+        parts["others"] = _shorter(parts["others"])
+    if len(positions) < len(flat) / 4:
+        flat = flat[positions]
+        if bits < 16:
+            in_first = int(first.count_nonzero())
+            flat, parts["first"] = flat[in_first:], parts["first"][positions[:in_first]]
+        steps = positions.diff(prepend=torch.tensor([-1]))
+        gaps = torch.full((int((steps // STEP + 1).sum()),), STEP)
+        gaps[(steps // STEP + 1).cumsum(0) - 1] = steps % STEP
+        parts = {**parts, "values": flat, "gaps": gaps.to(torch.uint16)}
+        parts = {name: _pack(tensor) for name, tensor in parts.items()}
+    else:
+        parts = {**parts, "values": flat[len(first) :].clone() if bits < 16 else flat}
+        parts["gaps"] = None
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[bits < 16],
         "meta": {**meta, "parameters": prune.count(model)},
-        "half": half,
-        "gaps": None,
+        **({"bits": bits} if bits < 16 else {"half": bits == 16}),
         **parts,
     }
     write(path, content)
+
+
+def levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`weight`, float32 (O, ...), as whole numbers, int8 or int16 (O, ...), times scales (O,).
+
+    These are up to 2**(bits - 1) - 1; of the scales that make the largest of a channel's weights
+    that number or, cut off, more, each channel has that of the least squared error. A weight that
+    is not zero is at least 1 or -1, so that the count stays.
+    """
+    most = 2 ** (bits - 1) - 1
+    flat = weight.float().flatten(1)
+    largest = flat.abs().amax(1, keepdim=True)
+    least = torch.finfo(torch.float32).tiny
+    best, errors = torch.zeros_like(flat), torch.full_like(largest, torch.inf)
+    scales = torch.zeros_like(largest)
+    for share in torch.linspace(1, 0.5, 51):
+        scale = _shorter(largest * (share / most)).clamp(min=least)
+        whole = (flat / scale).round().clamp(-most, most)
+        whole = whole.where((whole != 0) | (flat == 0), flat.sign())
+        error = (whole * scale - flat).square().sum(1, keepdim=True)
+        better = error < errors
+        best, errors = whole.where(better, best), error.where(better, errors)
+        scales = scale.where(better, scales)
+    dtype = torch.int8 if bits <= 8 else torch.int16
+    return best.to(dtype).view_as(weight), scales[:, 0]
+
+
+def rounded(model: nn.Module, bits: int) -> nn.Module:
+    """A copy of `model` with its conv and linear weights as `levels` rounds them.
+
+    But for the first layer's, which have 11 significant bits: it is small, and rounded like the
+    others it would do as much harm as these together (LOG.md).
+    """
+    model = copy.deepcopy(model)
+    first, *others = (weight.detach() for weight in prune.weights(model).values())
+    first.copy_(_shorter(first))
+    for weight in others:
+        whole, scales = levels(weight, bits)
+        weight.copy_((whole.flatten(1) * scales[:, None]).view_as(weight))
+    return model
+
+
+def _shorter(numbers: Tensor) -> Tensor:
+    """float32 rounded to 11 significant bits, as float16 has, but of any size: packs to half."""
+    return ((numbers.contiguous().view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
 
 
 def _pack(tensor: Tensor) -> Tensor:
@@ -329,8 +392,9 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     version = content.get("version")
     if not isinstance(version, int):
         raise broken
-    if version != VERSION:
-        raise CheckpointError(f"{path}: format version {version}, this program reads {VERSION}")
+    if version not in VERSIONS:
+        known = " and ".join(str(known) for known in VERSIONS)
+        raise CheckpointError(f"{path}: format version {version}, this program reads {known}")
     meta = content.get("meta")
     if not isinstance(meta, dict) or type(meta.get("num_classes")) is not int:
         raise broken
@@ -361,13 +425,19 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     model = models.build(meta["arch"], meta["num_classes"], stem=stem)
     state, prunable = model.state_dict(), prune.weights(model).keys()
     flat = torch.zeros(sum(state[name].numel() for name in prunable))
-    parts, packed = {}, content.get("gaps") is not None
-    for name, dtype in DTYPES.items():
+    bits, packed = content.get("bits", 32), content.get("gaps") is not None
+    if type(bits) is not int or not (bits == 32 or 2 <= bits <= 8):
+        raise broken
+    dtypes, parts = dict(DTYPES), {}
+    if bits < 32:
+        dtypes["values"] = torch.int8
+    else:
+        del dtypes["scales"], dtypes["first"]
+        dtypes["values"] = torch.float16 if content.get("half") is True else torch.float32
+    if not packed:
+        del dtypes["gaps"]
+    for name, dtype in dtypes.items():
         part = content.get(name)
-        if name == "values" and content.get("half") is True:
-            dtype = torch.float16
-        if name == "gaps" and not packed:
-            continue
         wanted = torch.uint8 if packed else dtype
         if not _is_plain(part) or part.dtype != wanted or part.dim() != 1:
             raise broken
@@ -375,7 +445,9 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
             parts[name] = _unpack(part, dtype, len(flat)) if packed else part
         except ValueError:
             raise broken from None
-    values, others, integers = parts["values"], parts["others"], parts["integers"]
+    values, others, integers = parts["values"].float(), parts["others"], parts["integers"]
+    if bits < 32:
+        values = torch.cat([parts["first"], values])
     if not packed:
         positions = torch.arange(len(flat))
     else:
@@ -387,7 +459,14 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
             raise broken
     if len(positions) != len(values):
         raise broken
-    flat[positions] = values.float()
+    flat[positions] = values
+    if bits < 32:
+        most = 2 ** (bits - 1) - 1
+        layers = [state[name] for name in prunable][1:]
+        sizes = torch.tensor([layer[0].numel() for layer in layers for _ in layer])
+        if len(parts["scales"]) != len(sizes) or flat[-sizes.sum() :].abs().max() > most:
+            raise broken
+        flat[-sizes.sum() :] *= parts["scales"].repeat_interleave(sizes)
     for names, source in (
         (prunable, flat),
         ([n for n, t in state.items() if n not in prunable and t.is_floating_point()], others),

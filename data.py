@@ -22,7 +22,6 @@ import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch import Generator, Tensor
@@ -129,6 +128,8 @@ def find_for(weights: str | Path, meta: dict, folder: str | Path | None = None) 
 
 def _torchvision(dataset: str, path: Path, train: bool):
     """torchvision's data set, downloaded if it is not in `path`."""
+    import torchvision
+
     kind = getattr(torchvision.datasets, TORCHVISION[dataset])
     with contextlib.suppress(Exception):
         return kind(path, train, download=False)
@@ -208,6 +209,8 @@ def _find_whole() -> Path | None:
 
 
 def _fetch_torchvision() -> None:
+    import torchvision
+
     torchvision.datasets.FashionMNIST(CACHE_DIR, download=True)
 
 

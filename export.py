@@ -1,18 +1,26 @@
-"""Write a pruned network as ONNX, with everything removed that cannot matter, or in half precision.
+"""Write a network as ONNX, as one C file, or as a weights file of fewer bits.
 
     uv run --group export export.py -w pruned_resnet18.pth     # writes pruned_resnet18.onnx
-    uv run export.py -w pruned_resnet18.pth --half             # writes pruned_resnet18-half.pth
+    uv run export.py -w pruned_resnet18.pth --c                # writes pruned_resnet18.c
+    uv run export.py -w pruned_resnet18.pth --bits 8           # writes pruned_resnet18-8bit.pth
+    uv run export.py -w pruned_resnet18.pth --c --bits 8       # writes pruned_resnet18-8bit.c
 
 ONNX has no sparse convolution, so what zeros are left are stored and multiplied. But BatchNorm is
 folded into the convolutions, channels that nobody reads go, and so do kernel taps that only ever
-meet padding. The file takes uint8 images (N, H, W) (colour: (N, 3, H, W)) as they are, and gives
-logits. It is checked against PyTorch, with onnxruntime, before it gets its name.
+meet padding. The C file has only the weights that are not zero. Both take uint8 images as they are,
+and give logits, which are compared with PyTorch's before the file gets its name.
 """
 
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
 
 import argparse
+import copy
+import ctypes
 import io
+import os
+import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,8 +30,10 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import csource
 import data
 import models
+import prune
 import rewrite
 import shell
 
@@ -91,30 +101,47 @@ class Stock(nn.Module):
         return self.model(models.normalize(images_u8))
 
 
-def export_half(args: argparse.Namespace) -> None:
-    """The same weights file with values in half precision, and what that changes."""
-    output = args.output or args.weights.with_name(f"{args.weights.stem}-half.pth")
+def export_bits(args: argparse.Namespace) -> None:
+    """The same weights file with values of fewer bits, and what that changes."""
+    output = args.output or args.weights.with_name(f"{args.weights.stem}-{args.bits}bit.pth")
     checkpoint.check_output(output, args.weights)
-    model, meta, images_u8, what = load(args)
+    model, meta, images_u8, labels, what = load(args)
     expected = models.infer(model, images_u8)
     with tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / "half.pth"
-        checkpoint.save(written, model, meta, half=True)
+        written = Path(folder) / "fewer.pth"
+        checkpoint.save(written, model, meta, args.bits)
         logits = models.infer(checkpoint.load(written)[0], images_u8)
         content = written.read_bytes()
     checkpoint.write(output, content)
-    same = int((logits.argmax(1) == expected.argmax(1)).sum())
     before, after = args.weights.stat().st_size / 1000, len(content) / 1000
-    print(
-        f"{output}: {after:,.0f} instead of {before:,.0f} kB, {same:,} of {len(images_u8):,} "
-        f"{what} as before, logits within {float((logits - expected).abs().max()):.0e}",
-        file=sys.stderr if checkpoint.is_stdout(output) else sys.stdout,
+    say(
+        output,
+        f"{output}: {after:,.0f} instead of {before:,.0f} kB, {same(logits, expected)} {what} as "
+        f"before{accuracies(labels, expected, logits)}",
     )
 
 
-def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, str]:
-    """A network, what is known of it, images to check it with, and what those are: the test images,
-    or noise if they were somebody's own and are not given."""
+def say(output: Path, text: str) -> None:
+    """Print what was done, where it does not mix with the file."""
+    print(text, file=sys.stderr if checkpoint.is_stdout(output) else sys.stdout)
+
+
+def same(logits: Tensor, expected: Tensor) -> str:
+    """How many predictions are equal."""
+    return f"{int((logits.argmax(1) == expected.argmax(1)).sum()):,} of {len(logits):,}"
+
+
+def accuracies(labels: Tensor | None, *logits: Tensor) -> str:
+    """Accuracies before and after, if the answers are known."""
+    if labels is None:
+        return ""
+    before, *after = (f"{models.accuracy(part, labels):.2%}" for part in logits)
+    return f", test accuracy {before}" + "".join(f" -> {part}" for part in after)
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | None, str]:
+    """A network, what is known of it, and what it can be checked with: images, labels, what they
+    are. The test images, or noise if they were somebody's own and are not given."""
     model, meta = checkpoint.load(args.weights, stem=args.stem)
     assumed = checkpoint.complete_(meta, args.weights, args.image_size, args.colour, args.stem)
     if assumed:
@@ -122,11 +149,11 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, str]:
     size, grey = meta["image_size"], meta["grey"]
     if args.data is not None or meta.get("dataset") in data.DATASETS:
         source = data.find_for(args.weights, meta, args.data)
-        return model, meta, data.load(source, "test")[0], "test images"
+        return model, meta, *data.load(source, "test"), "test images"
     shape = (1000, size, size) if grey else (1000, 3, size, size)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    return model, meta, noise, "random images"
+    return model, meta, noise, None, "random images"
 
 
 def export_onnx(args: argparse.Namespace) -> None:
@@ -138,40 +165,139 @@ def export_onnx(args: argparse.Namespace) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed: uv run --group export ...") from None
-    model, meta, images_u8, what = load(args)
+    model, meta, images_u8, _, what = load(args)
     slim = to_onnx(Slim(model, meta["image_size"], meta["grey"]).eval(), images_u8[:2])
     logits, speed = run(slim, images_u8)
     expected = models.infer(model, images_u8)
-    difference = float((logits - expected).abs().max())
-    if not difference <= TOLERANCE * float(expected.abs().max()):
-        raise ExportError(f"the export differs by {difference:.1e} in a logit; nothing was written")
+    difference = check(logits, expected)
     checkpoint.write(output, slim)
     stock = to_onnx(Stock(model).eval(), images_u8[:2])
     _, stock_speed = run(stock, images_u8)
-    same = int((logits.argmax(1) == expected.argmax(1)).sum())
-    to = sys.stderr if checkpoint.is_stdout(output) else sys.stdout
-    print(f"{output}: {same:,} of {len(images_u8):,} {what} as in PyTorch, ", end="", file=to)
-    print(f"logits within {difference:.0e}", file=to)
-    print(f"{'':8}{'kB':>9}{'images/s (onnxruntime)':>25}", file=to)
+    say(
+        output,
+        f"{output}: {same(logits, expected)} {what} as in PyTorch, logits within {difference:.0e}\n"
+        f"{'':8}{'kB':>9}{'images/s (onnxruntime)':>25}",
+    )
     for title, file, rate in (("export", slim, speed), ("stock", stock, stock_speed)):
-        print(f"{title:8}{len(file) / 1000:>9,.0f}{rate:>25,.0f}", file=to)
+        say(output, f"{title:8}{len(file) / 1000:>9,.0f}{rate:>25,.0f}")
+
+
+def check(logits: Tensor, expected: Tensor) -> float:
+    """The largest difference. Raises ExportError if it is more than TOLERANCE, or NaN."""
+    difference = float((logits - expected).abs().max())
+    if not difference <= TOLERANCE * max(float(expected.abs().max()), 1):
+        raise ExportError(f"the export differs by {difference:.1e} in a logit; nothing was written")
+    return difference
+
+
+# --- C ------------------------------------------------------------------------------------------
+
+
+def compiler() -> list[str] | None:
+    """The command of a C compiler: the variable CC, else cc, gcc or clang; None if absent."""
+    for words in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+class CLibrary:
+    """A C file of `csource.CSource`, compiled for this machine and loaded. Raises ExportError."""
+
+    def __init__(self, text: str, name: str, classes: int):
+        self.classes = classes
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder) / f"{name}.c", Path(folder) / f"{name}.so"
+            source.write_text(text)
+            command = [*compiler(), "-O3", "-shared", "-fPIC", str(source), "-o", str(library)]
+            for more in (["-march=native"], []):  # which not every compiler knows
+                done = subprocess.run([*command, *more], capture_output=True, text=True)
+                if done.returncode == 0:
+                    break
+            else:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise ExportError(f"{command[0]} cannot compile the C file: {reason}")
+            try:
+                loaded = ctypes.CDLL(str(library))
+            except OSError as error:
+                raise ExportError(f"the compiled C file cannot be loaded: {error}") from None
+            self._logits = getattr(loaded, f"{name}_logits")
+        self._logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+
+    def __call__(self, images_u8: Tensor) -> Tensor:
+        """Logits, float32 (N, classes), of uint8 images (N, H, W) or (N, 3, H, W), one by one."""
+        images_u8 = images_u8.contiguous()
+        logits = torch.empty(len(images_u8), self.classes)
+        begin, step = images_u8.data_ptr(), images_u8[:1].numel()
+        for i in range(len(images_u8)):
+            self._logits(begin + i * step, logits.data_ptr() + 4 * i * self.classes)
+        return logits
+
+
+def c_source(
+    model: nn.Module, meta: dict, name: str, bits: int, notes: list[str]
+) -> tuple[nn.Module, csource.CSource]:
+    """(the network as the C file computes it, the C file's source)."""
+    size, grey = meta["image_size"], meta["grey"]
+    if bits < 32:  # rounded is what is used: dead taps and unused channels would set scales
+        model = rewrite.untrimmed(rewrite.trim_(copy.deepcopy(model), size))
+        if grey:
+            prune.fold_equal_channels_(model)
+        model = checkpoint.rounded(model, bits)
+    return model, csource.CSource(model, size, grey, name, bits, meta.get("classes", ()), notes)
+
+
+def export_c(args: argparse.Namespace) -> None:
+    """Write the C file, compile and compare it if that can be done."""
+    ending = "" if args.bits == 32 else f"-{args.bits}bit"
+    output = args.output or args.weights.with_name(f"{args.weights.stem}{ending}.c")
+    checkpoint.check_output(output, args.weights)
+    model, meta, images_u8, labels, what = load(args)
+    stock = models.infer(model, images_u8)
+    name = csource.identifier(output.stem)
+    notes = [f"A {meta['arch']} of {meta['parameters']:,} parameters, written by export.py."]
+    network, source = c_source(model, meta, name, args.bits, notes)
+    expected = stock if args.bits == 32 else models.infer(network, images_u8)
+    if labels is not None:
+        accuracy = models.accuracy(expected, labels)
+        notes.append(f"Accuracy on the {len(labels):,} test images: {accuracy:.2%}.")
+    text = source.text()
+    checked = ""
+    if compiler():
+        logits = CLibrary(text, name, meta["num_classes"])(images_u8)
+        difference = check(logits, expected)
+        checked = f"{same(logits, stock)} {what} as in PyTorch, logits within {difference:.0e}"
+        checked += " of the rounded network's" if args.bits < 32 else ""
+        checked += accuracies(labels, logits)
+    checkpoint.write(output, text)
+    checked = checked or "not compiled and compared, there is no C compiler"
+    sizes = (
+        f"{source.table_bytes / 1000:,.0f} kB of tables, {source.memory_bytes / 1000:,.0f} kB RAM"
+    )
+    say(output, f"{output}: {checked}\n{sizes}")
+
+
+# --- command line -------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Write a network as ONNX, without channels and kernel taps that cannot matter, "
-        "or its weights in half precision."
+        "as one C file without its zeros, or as a weights file of fewer bits."
     )
     parser.add_argument(
         "-w", "--weights", type=Path, required=True, metavar="FILE", help="weights of a ResNet"
     )
     parser.add_argument(
         "-o", "--output", type=checkpoint.output, metavar="FILE",
-        help="default: FILE.onnx, or FILE-half.pth, beside the weights; - for standard output",
+        help="default: FILE.onnx, FILE.c or FILE-<N>bit.pth, beside the weights; - for standard "
+        "output",
     )  # fmt: skip
+    parser.add_argument("--c", action="store_true", help="C99 instead of ONNX")
     parser.add_argument(
-        "--half", action="store_true", help="a weights file in half precision instead of ONNX"
-    )
+        "--bits", type=int, default=32, choices=checkpoint.BITS, metavar="N",
+        help="bits of a weight, 2 to 8 or 16, in a weights file instead of ONNX, or in C",
+    )  # fmt: skip
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder with the images that it is checked with"
     )
@@ -179,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         with torch.inference_mode():
-            export_half(args) if args.half else export_onnx(args)
+            export_c(args) if args.c else export_bits(args) if args.bits < 32 else export_onnx(args)
     except (ExportError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2

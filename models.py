@@ -1,17 +1,43 @@
 """Teacher and student as torchvision defines them, and the one inference path."""
 
+import contextlib
+import importlib
 import os
 import sys
 import time
+import types
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 try:
     import resource
 except ImportError:  # Windows has none
     resource = None
+
+
+def _import_torchvision() -> types.ModuleType:
+    """torchvision, whose operators for detection import all of torch.compile, half of a script's
+    start, to ask one question; here they do so when they ask it."""
+
+    def is_compile_supported(device_type: str) -> bool:
+        return importlib.import_module("torch._dynamo.utils").is_compile_supported(device_type)
+
+    names = ("torch._dynamo", "torch._dynamo.utils")
+    if not {"torchvision", *names} & sys.modules.keys():
+        package, utils = (types.ModuleType(name) for name in names)
+        package.utils, utils.is_compile_supported = utils, is_compile_supported
+        sys.modules.update(zip(names, (package, utils), strict=True))
+        try:
+            with contextlib.suppress(ImportError, AttributeError):  # it asks for more: so be it
+                return importlib.import_module("torchvision")
+        finally:
+            for name in names:
+                del sys.modules[name]
+    return importlib.import_module("torchvision")
+
+
+torchvision = _import_torchvision()
 
 ARCHITECTURES = ("resnet18", "resnet50")
 STEMS = (4, 2, 1)  # total stride of the layers before the first block
@@ -70,9 +96,7 @@ def bf16_pays(device: torch.device) -> bool:
     return seconds(torch.bfloat16) < seconds(torch.float32) / 1.5
 
 
-def build(
-    arch: str, num_classes: int, imagenet: bool = False, stem: int = 4
-) -> torchvision.models.ResNet:
+def build(arch: str, num_classes: int, imagenet: bool = False, stem: int = 4) -> nn.Module:
     """A freshly initialised torchvision ResNet.
 
     `stem` is the total stride of its first layers. 4: torchvision's, a convolution of 7x7 with

@@ -11,6 +11,8 @@ ResNet18 or ResNet50, plain or with the masks of torch.nn.utils.prune.
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
 
 import argparse
+import csv
+import io
 import itertools
 import json
 import sys
@@ -18,7 +20,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,9 +27,9 @@ from tqdm import tqdm
 import checkpoint
 import data
 import models
+import plan
 import prune
 import shell
-import sparse
 
 SHEET = 64  # images that --show shows
 
@@ -105,16 +106,18 @@ def choose_engine(
     size, grey = meta.get("image_size", 28), meta.get("grey", True)
     if wanted == "auto":
         zeros = meta["parameters"] < sum(w.numel() for w in prune.weights(model).values()) / 2
-        pays = zeros and device.type == "cpu" and size <= sparse.LARGEST
+        pays = zeros and device.type == "cpu" and size <= plan.LARGEST
         wanted = "sparse" if pays else "dense"
     if wanted == "dense":
         return wanted, model
     for wrong, reason in (
         (device.type != "cpu", f"runs on the CPU, not on {device.type}"),
-        (size > sparse.LARGEST, f"for images of up to {sparse.LARGEST} pixels, not {size}"),
+        (size > plan.LARGEST, f"for images of up to {plan.LARGEST} pixels, not {size}"),
     ):
         if wrong:
             raise models.DeviceError(f"--engine sparse: {reason}")
+    import sparse  # and llvmlite
+
     return wanted, sparse.SparseResNet(model, size, grey)
 
 
@@ -202,11 +205,15 @@ def predict(args: argparse.Namespace) -> None:
             predictions = logits.argmax(1)
             seconds += time.perf_counter() - began
             names = [classes[k] for k in predictions]
-            table = pd.DataFrame({"id": ids, "pred": names if args.names else predictions.numpy()})
+            columns = [ids, names if args.names else predictions.tolist()]
             if args.probs:
-                probs = pd.DataFrame(logits.softmax(1).numpy().round(5), columns=classes)
-                table = pd.concat([table, probs], axis=1)
-            table.to_csv(file, index=False, header=done == 0)
+                columns += logits.softmax(1).numpy().round(5).astype(str).T.tolist()
+            text = io.StringIO()
+            table = csv.writer(text, lineterminator="\n")
+            if done == 0:
+                table.writerow(["id", "pred", *(classes if args.probs else [])])
+            table.writerows(zip(*columns, strict=True))
+            file.write(text.getvalue().encode())
             if args.show and len(shown) < SHEET:
                 certainty = logits.softmax(1).amax(1)
                 titles = [f"{n}\n{c:.0%}" for n, c in zip(names, certainty, strict=True)]

@@ -78,6 +78,7 @@ def tables() -> dict[str, str]:
             for stage in train.STAGES
         ]
         results.append(f"| mean ± standard deviation | {' | '.join(figures)} | |")
+    measured = json.loads((HERE / "bench.json").read_text())
     model, _ = checkpoint.load(SHIPPED)
     summary = torchinfo.summary(prune.masked(model), (1, 3, 28, 28), verbose=0)
     layers = ["| layer | parameters | of |", "|---|---|---|"]
@@ -91,8 +92,45 @@ def tables() -> dict[str, str]:
         "results": "\n".join(results),
         "layers": "\n".join(layers),
         "sizes": "\n".join(sizes_table()),
-        "speed": "\n".join(speed_tables(json.loads((HERE / "bench.json").read_text()))),
+        "speed": "\n".join(speed_tables(measured)),
+        "ways": "\n".join(ways_table(measured["ways"])),
+        "serving": "\n".join(serving_table(measured["ways"])),
     }
+
+
+WAYS = {  # what bench.py calls it: the file, what it needs
+    "sparse": ("`pruned_resnet18.pth`, with `sparse.py`", "PyTorch, torchvision, llvmlite"),
+    "16 bits": ("`pruned_resnet18-16bit.pth`, likewise", "PyTorch, torchvision, llvmlite"),
+    "8 bits": ("`pruned_resnet18-8bit.pth`, likewise", "PyTorch, torchvision, llvmlite"),
+    "c 32 bits": ("`pruned_resnet18.c`, its tables", "a C compiler"),
+    "c 8 bits": ("`pruned_resnet18-8bit.c`, its tables", "a C compiler"),
+    "onnx": ("`pruned_resnet18.onnx`", "ONNX Runtime"),
+    "onnx stock": ("the dense network as ONNX", "ONNX Runtime"),
+}
+
+
+def ways_table(measured: dict) -> list[str]:
+    """What leaves the project, as bench.py measured it."""
+    lines = [
+        "| file | kB | needs | images/s at batch 1 | at batch 256 | predictions equal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (title, needs) in WAYS.items():
+        row = measured[name]
+        figures = f"{row['bytes'] / 1000:,.0f} | {needs} | {row['1']:,.0f} | {row['256']:,.0f}"
+        lines.append(f"| {title} | {figures} | {row['equal']:,.0f} of {row['of']:,.0f} |")
+    return lines
+
+
+def serving_table(measured: dict) -> list[str]:
+    lines = [
+        "| images/s of one engine | batch 1 | batch 256 |",
+        "|---|---|---|",
+    ]
+    for threads, title in ((1, "1 thread"), (2, "2 threads")):
+        row = measured[f"threads {threads}"]
+        lines.append(f"| {title} | {row['1']:,.0f} | {row['256']:,.0f} |")
+    return lines
 
 
 def sizes_table() -> list[str]:

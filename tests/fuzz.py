@@ -55,8 +55,9 @@ def seeds(folder: Path) -> dict[str, bytes]:
     path, files = folder / "seed.pth", {}
     checkpoint.save(path, model, meta)
     files["pruned"] = path.read_bytes()
-    checkpoint.save(path, model, meta, half=True)
-    files["half"] = path.read_bytes()
+    for bits in (8, 16):
+        checkpoint.save(path, model, meta, bits)
+        files[f"{bits} bits"] = path.read_bytes()
     for name, state in (
         ("plain", model.state_dict()),
         ("masked", prune.masked(model).state_dict()),

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import bench
+import export
 import train
 
 
@@ -16,6 +17,7 @@ def test_the_last_line_is_json_with_a_figure_for_each(
     monkeypatch.setitem(train.RECIPES, "cpu", train.RECIPES["quick"])
     monkeypatch.setitem(sys.modules, "openvino", None)  # tests that train come after this one
     monkeypatch.setattr(bench, "BATCHES", (1, 5))
+    monkeypatch.setattr(bench, "WAY_BATCHES", (1, 5))
     monkeypatch.setattr(bench, "ROUNDS", 2)
     monkeypatch.setattr(bench, "SECONDS", 0)
     flags = ["--only", part, "-w", str(shipped_like), "--data", str(tiny_data), "--device", "cpu"]
@@ -31,3 +33,10 @@ def test_the_last_line_is_json_with_a_figure_for_each(
         assert results["files"]["plain"]["bytes"] > 44_000_000
     if part == "train":
         assert min(results["train"][loop] for loop in ("ours", "bare", "usual")) > 0
+    if part == "ways":
+        found = results["ways"]
+        assert found["sparse"]["bytes"] == shipped_like.stat().st_size
+        assert found["8 bits"]["bytes"] < found["16 bits"]["bytes"] < found["sparse"]["bytes"]
+        assert found["sparse"]["equal"] == found["sparse"]["of"] == 40
+        assert all(found[name]["1"] > 0 for name in ("threads 1", "threads 2", "8 bits"))
+        assert not export.compiler() or found["c 32 bits"]["equal"] == 40

@@ -54,7 +54,7 @@ def test_a_pruned_network_comes_back_bit_for_bit_from_a_small_file(pruned, path)
 def test_half_precision_rounds_the_weights_and_keeps_the_count(pruned, path):
     kept = pruned.conv1.weight.nonzero()[0]
     pruned.conv1.weight.data[tuple(kept)] = -1e-12  # too small for float16
-    checkpoint.save(path, pruned, META, half=True)
+    checkpoint.save(path, pruned, META, bits=16)
     assert path.stat().st_size < 300_000
     model, meta = checkpoint.load(path)
     assert meta["parameters"] == prune.count(model) == 100_000
@@ -66,8 +66,43 @@ def test_half_precision_rounds_the_weights_and_keeps_the_count(pruned, path):
             assert torch.equal(a, b), name
     pruned.conv1.weight.data[tuple(kept)] = 1e5
     with pytest.raises(checkpoint.CheckpointError, match="too large for half"):
-        checkpoint.save(path, pruned, META, half=True)
+        checkpoint.save(path, pruned, META, bits=16)
     assert prune.count(checkpoint.load(path)[0]) == 100_000  # the file before
+
+
+@pytest.mark.parametrize("bits", [8, 5, 2])
+def test_few_bits_have_a_scale_for_each_channel_and_keep_the_count(bits, pruned, path):
+    conv, state = pruned.layer1[0].conv1, pruned.state_dict()
+    kept = tuple(conv.weight.nonzero()[0])
+    conv.weight.data[kept] = -1e-12  # less than half a step
+    pruned.layer2[0].conv1.weight.data[5] = 0
+    parameters = prune.count(pruned)
+    checkpoint.save(path, pruned, {**META, "budget": parameters}, bits=bits)
+    assert path.stat().st_size < 210_000
+    model, meta = checkpoint.load(path)
+    assert meta["parameters"] == prune.count(model) == parameters
+    assert conv.weight[kept] != 0
+    expected = checkpoint.rounded(pruned, bits).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in prune.weights(pruned):
+            assert torch.equal(tensor, expected[name]), name
+        elif tensor.is_floating_point():
+            torch.testing.assert_close(tensor, state[name], rtol=2**-11, atol=0)
+    for name, weight in list(prune.weights(model).items())[1:]:
+        for row, largest in zip(weight.flatten(1), weight.flatten(1).abs().amax(1), strict=True):
+            assert len(row.abs().unique()) <= 2 ** (bits - 1), name
+            assert largest == 0 or (row[row != 0].abs() * 2 ** (bits - 1) > largest).all()
+    if bits == 8:
+        difference = model.layer1[0].conv2.weight - pruned.layer1[0].conv2.weight
+        assert difference.norm() < 0.01 * pruned.layer1[0].conv2.weight.norm()
+
+
+def test_few_bits_of_a_dense_network(resnet18, path):
+    checkpoint.save(path, resnet18, {"arch": "resnet18", "num_classes": 10}, bits=8)
+    assert path.stat().st_size < 12_000_000
+    expected = prune.weights(checkpoint.rounded(resnet18, 8))
+    for name, weight in prune.weights(checkpoint.load(path)[0]).items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def test_dense_networks_and_resnet50_come_back_as_well(resnet18, path):
@@ -238,6 +273,47 @@ def damage(path, kind):
     raise AssertionError(kind)
 
 
+def damage_bits(path, kind):
+    """Make the good file of 8 bits bad; returns what the message must say."""
+    content = torch.load(path, weights_only=True)
+    kinds = {**checkpoint.DTYPES, "values": torch.int8}
+    part = {
+        name: checkpoint._unpack(content[name], kinds[name], 10**6)
+        for name in ("values", "scales", "first")
+    }
+    misfit = "do not fit together"
+    if kind == "bits":
+        torch.save({**content, "bits": 9}, path)
+    elif kind == "bits of another kind":
+        torch.save({**content, "bits": True}, path)
+    elif kind == "more than the bits hold":
+        torch.save({**content, "bits": 7}, path)
+    elif kind == "no scales":
+        del content["scales"]
+        torch.save(content, path)
+    elif kind == "too few scales":
+        edit(path, scales=part["scales"][1:])
+    elif kind == "too few of the first":
+        edit(path, first=part["first"][1:])
+    elif kind == "floats":
+        edit(path, values=part["values"].float())
+    elif kind == "plain":
+        torch.save({**content, "scales": part["scales"]}, path)
+    elif kind == "scale 0":
+        part["scales"][3] = 0
+        edit(path, scales=part["scales"])
+        misfit = "says 100000 parameters, but has"
+    elif kind == "value 0":
+        part["values"][3] = 0
+        edit(path, values=part["values"])
+        misfit = "says 100000 parameters, but has 99999"
+    elif kind in ("NaN", "infinity"):
+        part["scales"][3] = float(kind)
+        edit(path, scales=part["scales"])
+        misfit = "not finite"
+    return misfit
+
+
 KINDS = (
     "missing", "empty", "truncated", "text", "folder", "code", "bare pickle", "no state dict",
     "other network", "other shapes", "lacks a layer", "more layers", "architecture", "stem",
@@ -255,6 +331,21 @@ def test_bad_weights_files_get_one_clear_line(kind, shipped_like, path, monkeypa
         checkpoint.load(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert not (path.parent / "hostile-code-ran").exists()
+
+
+BIT_KINDS = (
+    "bits", "bits of another kind", "more than the bits hold", "no scales", "too few scales",
+    "too few of the first", "floats", "plain", "scale 0", "value 0", "NaN", "infinity",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BIT_KINDS)
+def test_bad_files_of_8_bits_get_one_clear_line(kind, shipped_like, path):
+    checkpoint.save(path, *checkpoint.load(shipped_like), bits=8)
+    assert checkpoint.load(path)[1]["parameters"] == 100_000
+    with pytest.raises(checkpoint.CheckpointError, match=damage_bits(path, kind)) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_scratch(tmp_path):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_checkpoint import damage
 
 import checkpoint
 import export
@@ -73,14 +74,15 @@ def test_bad_input_gets_one_line(tmp_path, capsys, shipped_like):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_half_precision_is_written_beside_the_weights(shipped_like, tiny_data, tmp_path, capsys):
+@pytest.mark.parametrize("bits", [16, 8, 5])
+def test_fewer_bits_are_written_beside_the_weights(bits, shipped_like, tiny_data, tmp_path, capsys):
     weights = tmp_path / "w.pth"
     weights.write_bytes(shipped_like.read_bytes())
-    assert export.main(["-w", str(weights), "--half", "--data", str(tiny_data)]) == 0
-    smaller = tmp_path / "w-half.pth"
-    assert smaller.stat().st_size < 0.7 * weights.stat().st_size
+    assert export.main(["-w", str(weights), "--bits", str(bits), "--data", str(tiny_data)]) == 0
+    smaller = tmp_path / f"w-{bits}bit.pth"
+    assert smaller.stat().st_size < (0.7 if bits == 16 else 0.5) * weights.stat().st_size
     printed = capsys.readouterr().out
-    assert str(smaller) in printed and "of 40 test images as before" in printed
+    assert str(smaller) in printed and "of 40 test images as before, test accuracy" in printed
     assert checkpoint.load(smaller)[1]["parameters"] == 100_000
 
 
@@ -92,7 +94,7 @@ def test_own_images_that_are_given_are_what_it_is_checked_with(tmp_path, shipped
         Image.new("L", (28, 28), 99).save(place / "1.png")
     meta["classes"] = sorted(name.replace("/", "-") for name in meta["classes"])
     checkpoint.save(tmp_path / "w.pth", model, {**meta, "dataset": "folder"})
-    flags = ["-w", str(tmp_path / "w.pth"), "--half"]
+    flags = ["-w", str(tmp_path / "w.pth"), "--bits", "8"]
     assert export.main([*flags, "--data", str(tmp_path / "own")]) == 0
     assert "of 10 test images" in capsys.readouterr().out
     assert export.main(flags) == 0
@@ -102,7 +104,7 @@ def test_own_images_that_are_given_are_what_it_is_checked_with(tmp_path, shipped
 def test_plain_files_and_outputs(tmp_path, capsys, shipped_like, tiny_data):
     weights, half = tmp_path / "plain.pth", tmp_path / "half.pth"
     torch.save(models.build("resnet18", 3, stem=2).state_dict(), weights)
-    flags = ["-w", str(weights), "--half", "-o", str(half)]
+    flags = ["-w", str(weights), "--bits", "8", "-o", str(half)]
     assert export.main([*flags, "--image-size", "32", "--colour", "--stem", "2"]) == 0
     assert capsys.readouterr().err == ""
     meta = checkpoint.load(half)[1]
@@ -121,3 +123,30 @@ def test_large_logits_may_differ_by_more(tmp_path, shipped_like, tiny_data):
         model.fc.weight *= 1e4
     checkpoint.save(tmp_path / "w.pth", model, meta)
     assert export.main(["-w", str(tmp_path / "w.pth"), "--data", str(tiny_data)]) == 0
+
+
+def test_the_c_file_is_checked_and_written(shipped_like, tiny_data, tmp_path, capsys, monkeypatch):
+    flags = ["-w", str(shipped_like), "--c", "--data", str(tiny_data), "-o"]
+    if export.compiler():
+        assert export.main([*flags, str(tmp_path / "net.c")]) == 0
+        assert "40 of 40 test images as in PyTorch" in capsys.readouterr().out
+        assert "void net_logits(" in (tmp_path / "net.c").read_text()
+        assert "test images: " in (tmp_path / "net.c").read_text().split("*/")[0]
+        monkeypatch.setattr(export.CLibrary, "__call__", lambda self, x: torch.zeros(len(x), 10))
+        assert export.main([*flags, str(tmp_path / "wrong.c")]) == 2
+        assert "differs by" in capsys.readouterr().err
+    monkeypatch.setattr(export, "compiler", lambda: None)
+    assert export.main([*flags, str(tmp_path / "other.c")]) == 0
+    assert "there is no C compiler" in capsys.readouterr().out
+    assert (tmp_path / "other.c").exists() and not (tmp_path / "wrong.c").exists()
+
+
+@pytest.mark.parametrize("kind", ["NaN", "code", "miscounted", "classes", "bomb", "stem"])
+def test_no_c_file_of_a_hostile_one(kind, shipped_like, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(shipped_like.read_bytes())
+    damage(weights, kind)
+    assert export.main(["-w", str(weights), "--c"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [weights]

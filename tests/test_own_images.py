@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny as shrunk
 import torch
+import torchvision
 from PIL import Image
 
 import checkpoint
@@ -269,7 +270,7 @@ def test_torchvisions_data_sets_by_name(name, monkeypatch, tmp_path):
                 self.data = np.full((n, 32, 32, 3), (1, 2, 3), dtype=np.uint8)
                 self.targets = [i % 10 for i in range(n)]
 
-    monkeypatch.setattr(data.torchvision.datasets, name.upper(), Fake)
+    monkeypatch.setattr(torchvision.datasets, name.upper(), Fake)
     source = data.find(tmp_path, name)
     size = {"mnist": 28, "cifar10": 32}[name]
     assert (source.image_size, source.grey) == (size, name == "mnist")
@@ -284,7 +285,7 @@ def test_a_data_set_that_cannot_be_had_is_said_so(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise RuntimeError("no route\nto host")
 
-    monkeypatch.setattr(data.torchvision.datasets, "KMNIST", refuse)
+    monkeypatch.setattr(torchvision.datasets, "KMNIST", refuse)
     with pytest.raises(data.DataError, match="kmnist is not there, and not to be had"):
         data.find(tmp_path, "kmnist")
 

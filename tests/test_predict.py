@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_checkpoint import KINDS, damage
+from test_project import ROOT
 
 import checkpoint
 import data
@@ -239,3 +240,10 @@ def test_large_images_go_through_the_network_a_few_at_a_time():
             Model(1, 1), torch.zeros(4, size, size, dtype=torch.uint8).repeat(63, 1, 1)[:251]
         )
         assert max(seen) == most and sum(seen) == 251
+
+
+def test_a_start_imports_nothing_that_is_not_used():
+    heavy = ["pandas", "matplotlib", "llvmlite", "torch._dynamo", "sympy", "torchmetrics"]
+    code = f"import sys, predict; print([name for name in {heavy} if name in sys.modules])"
+    started = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert started.stdout == "[]\n", started.stderr

@@ -25,7 +25,7 @@ import train  # noqa: E402
 SHIPPED = ROOT / "pruned_resnet18.pth"
 
 
-@pytest.mark.parametrize("name", ["results", "sizes", "layers", "speed"])
+@pytest.mark.parametrize("name", ["results", "sizes", "layers", "speed", "ways", "serving"])
 def test_the_readmes_tables_are_the_programs(name):
     assert readme.part((ROOT / "README.md").read_text(), name)[2] == readme.tables()[name]
 
@@ -77,11 +77,11 @@ def test_the_readme_names_every_flag_and_no_other(script):
 
 
 FLOORS = (
-    {"openmp", "augment", "data", "models", "parallel", "plots", "prune"},
+    {"openmp", "augment", "data", "models", "parallel", "plots", "prune", "shell"},
     {"checkpoint", "rewrite"},
-    {"loop", "sparse"},
-    {"record"},
-    {"export", "predict", "train"},
+    {"loop", "plan"},
+    {"csource", "record", "sparse"},
+    {"export", "hubconf", "predict", "train"},
     {"bench", "readme"},
 )
 
@@ -146,7 +146,7 @@ def test_the_readmes_commands_run(script, flags, newcomers_folder, monkeypatch):
     if script.startswith("tests/"):
         assert (ROOT / script).exists() and not flags
         return
-    if script == "export.py":
+    if script == "export.py" and not {"--c", "--bits"} & {*flags}:
         pytest.importorskip("onnxscript", reason="needs --group export")
     if script == "bench.py":
         monkeypatch.setattr(
@@ -161,9 +161,11 @@ def test_the_readmes_commands_run(script, flags, newcomers_folder, monkeypatch):
     assert module.main(list(flags)) == 0
 
 
-def test_the_readmes_python_runs(newcomers_folder):
+def test_the_readmes_python_runs(newcomers_folder, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
+    shutil.copy(ROOT / "hubconf.py", newcomers_folder)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     for block in blocks:
         if "onnxruntime" in block:
             pytest.importorskip("onnxscript", reason="needs --group export")

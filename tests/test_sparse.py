@@ -1,9 +1,15 @@
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_project import SHIPPED
 
 import checkpoint
 import models
+import plan
 import prune
 import sparse
 
@@ -100,4 +106,49 @@ def test_multiply_adds_are_weights_times_positions():
             module.register_forward_hook(count)
     with torch.inference_mode():
         model(images(1))
-    assert sparse.Plan(model, 28, 1, 16, 1).multiply_adds == sum(counted)
+    assert plan.Plan(model, 28, 1, 16, 1).multiply_adds == sum(counted)
+
+
+def test_threads_that_share_an_engine_get_what_one_gets():
+    engine = sparse.SparseResNet(checkpoint.load(SHIPPED)[0], 28)
+    parts = [images(2500), -images(2501)[:2500]]
+    batches = (250, 1, 7)  # both kinds of code, compiled while the other thread waits
+
+    def run(x):
+        few = [engine(batch) for n in batches[1:] for batch in x[:300].split(n)]
+        return torch.cat([engine(batch) for batch in x.split(batches[0])] + few)
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, parts))
+    for logits, x in zip(together, parts, strict=True):
+        assert torch.equal(logits, run(x))
+
+
+@pytest.mark.parametrize("n", [5, 40])
+def test_copies_and_pickles_compute_the_same(n):
+    engine = sparse.SparseResNet(checkpoint.load(SHIPPED)[0], 28)
+    x, file = images(n), io.BytesIO()
+    expected = engine(x)
+    torch.save(engine, file)
+    file.seek(0)
+    for again in (
+        copy.deepcopy(engine),
+        pickle.loads(pickle.dumps(engine)),
+        torch.load(file, weights_only=False),
+    ):
+        assert torch.equal(again(x), expected)
+        assert sum(p.numel() for p in again.parameters()) > 0
+
+
+@pytest.mark.parametrize("n", [5, 40])
+@pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
+def test_a_pixel_that_is_not_finite_spoils_its_image_and_no_other(n, pixel):
+    model, _ = checkpoint.load(SHIPPED)
+    engine = sparse.SparseResNet(model, 28)
+    for place in ((0, 0), (13, 14), (27, 27)):
+        x = images(n).clone()
+        x[3, :, place[0], place[1]] = pixel
+        with torch.inference_mode():
+            expected = model(x)
+        assert expected[3].isnan().all()
+        torch.testing.assert_close(engine(x), expected, atol=1e-4, rtol=0, equal_nan=True)

@@ -1,0 +1,491 @@
+"""A network as one file of C99 that needs nothing else: what `plan.py` computes, written as C.
+
+    text = CSource(model, image_size=28, grey=True, name="pruned_resnet18").text()
+
+Tables hold the weights that are not zero, output channel by output channel: how many there are, the
+weights (floats, or integers with a scale for each channel), and for each the gap, how much further
+it reads than the one before. Products of the same shapes share a function, whose inner loops have
+constant lengths, so that a compiler keeps a channel's sums in registers. All maps share one static
+memory, in which a map that nobody reads any more is overwritten.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from plan import Map, Plan, Pool, Product
+
+POSITIONS = 16  # of a map that are summed up together: a vector, which a compiler may split
+SUMS = 6  # vectors at a time, about what registers can hold
+FLAT = 12  # pixels a side: up to there, a map and its borders are taken as one line of positions
+WIDTH = 98  # of a line of numbers
+DTYPES = {"float": np.float32, "int8_t": np.int8, "int16_t": np.int16, "uint8_t": np.uint8,
+          "uint16_t": np.uint16, "uint32_t": np.uint32}  # fmt: skip
+
+
+class CSource:
+    """The C file of a torchvision ResNet for square images of `image_size` pixels.
+
+    `bits`: 32 for float weights; 16, or 2 to 8, for integers with a scale for each output channel,
+    exact for weights that `checkpoint.rounded` gave (the first layer's stay floats). `classes` are
+    names, of any characters. `notes` are lines for the comment at the top, and nothing that a file
+    says of itself.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_size: int,
+        grey: bool,
+        name: str,
+        bits: int = 32,
+        classes: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ):
+        self.plan = Plan(model, image_size, 1 if grey else 3, images=1, positions=POSITIONS)
+        self.name, self.bits, self.classes, self.notes = name, bits, classes, notes
+        self.table_bytes = 0
+        self.tables: list[str] = []
+        self.functions: dict[str, str] = {}  # names by texts
+        self.places, self.cells = _places(self.plan)
+        self.steps = [line for p in self.plan.products for line in self._step(p)]
+
+    @property
+    def memory_bytes(self) -> int:
+        """RAM for the maps."""
+        return 4 * self.cells
+
+    def text(self) -> str:
+        """The file."""
+        names = [_string(c) for c in self.classes] or ["0"]
+        parts = [
+            self._comment(),
+            HEAD,
+            f"const char *const {self.name}_classes[{len(names)}] = {{",
+            *(f"    {name}," for name in names),
+            "};\n",
+            *self.tables,
+            f"static float memory[{self.cells}];\n",
+            *(text.replace("NAME", name) for text, name in self.functions.items()),
+            *self._entry(),
+            PROGRAM.replace("NAME", self.name)
+            .replace("CLASSES", str(self.plan.logits.channels))
+            .replace("CHANNELS", str(self.plan.image.channels))
+            .replace("SIZE", str(self.plan.image.size)),
+        ]
+        return "\n".join(parts)
+
+    def _comment(self) -> str:
+        image, name = self.plan.image, self.name
+        layout = "" if image.channels == 1 else "three planes (red, green, blue) of "
+        lines = [
+            *self.notes,
+            "",
+            f"    void {name}_logits(const uint8_t *image, float *logits);",
+            "",
+            f"takes {layout}{image.size} rows of {image.size} pixels in 0..255 and gives "
+            f"{self.plan.logits.channels} numbers, the largest",
+            f"of which is at the class ({name}_classes has the names). One call at a time: all",
+            "maps are in static memory.",
+            "",
+            f"Flash: {self.table_bytes / 1000:,.0f} kB of tables and 10 to 40 kB of code. "
+            f"RAM: {self.memory_bytes / 1000:,.0f} kB and some stack.",
+            "",
+            "To compile it for what calls it, or as a program that prints the class of each image",
+            "in an IDX file:",
+            "",
+            f"    cc -O3 -march=native -c {name}.c",
+            f"    cc -O3 -march=native -DCLASSIFY_MAIN {name}.c -o classify",
+            "    ./classify t10k-images-idx3-ubyte",
+        ]
+        return "\n".join(["/*", *(f" * {line}".rstrip() for line in lines), " */"])
+
+    # --- tables ---------------------------------------------------------------------------------
+
+    def _table(self, kind: str, name: str, numbers: np.ndarray) -> str:
+        """Add an array of constants; returns its name."""
+        numbers = numbers.astype(DTYPES[kind]) if len(numbers) else np.zeros(1, DTYPES[kind])
+        suffix = "f" if kind == "float" else ""
+        lines = [""]
+        for number in numbers.astype(str):
+            if len(lines[-1]) + len(number) + 2 > WIDTH:
+                lines.append("")
+            lines[-1] += f"{number}{suffix},"
+        self.table_bytes += numbers.nbytes
+        body = "\n".join(lines)
+        self.tables.append(f"static const {kind} {name}[{len(numbers)}] = {{\n{body}\n}};\n")
+        return name
+
+    def _weights(self, p: Product) -> list[tuple[str, str]]:
+        """Types and names of the tables of a product."""
+        name, rows, kept = re.sub(r"\W", "_", p.name), len(p.bias), p.values.numpy() != 0
+        row = np.repeat(np.arange(rows), np.diff(p.first.numpy()))[kept]
+        taps, values = p.taps.numpy()[kept].astype(np.int64), p.values.numpy()[kept]
+        order = np.lexsort((taps, row))
+        row, taps, values = row[order], taps[order], values[order]
+        gaps = np.diff(taps, prepend=0)
+        begins = np.diff(row, prepend=-1) > 0
+        gaps[begins] = taps[begins]
+        tables, weight = [], "float"
+        if self.bits < 32 and p is not self.plan.products[0]:
+            weight = "int8_t" if self.bits <= 8 else "int16_t"
+            steps = 2 ** (self.bits - 1) - 1
+            scales = np.zeros(rows, np.float32)
+            np.maximum.at(scales, row, np.abs(values))
+            scales /= steps
+            levels = np.rint(values / scales[row])
+            values = np.where(levels == 0, np.sign(values), levels)  # as many as there were
+            tables.append(("float", f"{name}_scales", scales))
+        # A gap that is too long for its type is led up to by weights of 0.
+        choices = {}
+        for kind, longest in (("uint8_t", 255), ("uint16_t", 65535)):
+            fillers = np.maximum(gaps - 1, 0) // longest
+            entries = len(gaps) + int(fillers.sum())
+            size = entries * np.dtype(DTYPES[kind]).itemsize
+            size += entries * np.dtype(DTYPES[weight]).itemsize
+            choices[size] = kind, longest, fillers, entries
+        kind, longest, fillers, entries = choices[min(choices)]
+        places = np.arange(len(gaps)) + fillers.cumsum()
+        all_gaps, all_values = np.full(entries, longest), np.zeros(entries, np.float32)
+        all_gaps[places], all_values[places] = gaps - longest * fillers, values
+        counts = np.bincount(row, 1 + fillers, rows)
+        tables = [
+            ("uint16_t" if counts.max() < 65536 else "uint32_t", f"{name}_counts", counts),
+            (kind, f"{name}_gaps", all_gaps),
+            (weight, f"{name}_weights", all_values),
+            *tables,
+            ("float", f"{name}_bias", p.bias.numpy()),
+        ]
+        return [(kind, self._table(kind, table, numbers)) for kind, table, numbers in tables]
+
+    # --- code -----------------------------------------------------------------------------------
+
+    def _function(self, kind: str, lines: Sequence[str]) -> str:
+        """The name of the function with these lines, in which it is NAME."""
+        text = "\n".join([*lines, ""])
+        return self.functions.setdefault(text, f"{kind}{len(self.functions)}")
+
+    def _step(self, p: Product) -> list[str]:
+        """What does a product."""
+        source, target = self.places[p.source.base], self.places[p.target.base]
+        lines = [f"    /* {p.name} */"]
+        if p.copy:
+            copy = self._function("copy", _copy(p.source, p.target))
+            return [*lines, f"    {copy}(memory + {source}, memory + {target});"]
+        tables = self._weights(p)
+        pool = pooled = ""
+        for cleared in [p.target, *([p.pool.target] if p.pool else [])]:
+            if cleared.border and not p.add:
+                lines.append(self._clear(cleared))
+        if p.pool:
+            pool = self._function("pool", _pool(p.pool, p.target))
+            pooled = f", memory + {self.places[p.pool.target.base]}"
+        body, reads = _product(p, [kind for kind, _ in tables], pool)
+        product = self._function("product", body)
+        # The last vector may reach beyond what is meant.
+        furthest = int(p.taps.max()) if len(p.taps) else 0
+        rows = 0 if p.pool else len(p.bias) - 1
+        writes = rows * p.target.stride + p.target.at(0, 0) + reads
+        self.cells = max(self.cells, source + furthest + reads, target + writes)
+        lowest = "0" if p.relu else "-FLT_MAX"
+        return [
+            *lines,
+            f"    {product}({len(p.bias)}, {int(p.add)}, {lowest},",
+            *(f"        {name}," for _, name in tables),
+            f"        memory + {source}, memory + {target}{pooled});",
+        ]
+
+    def _clear(self, m: Map) -> str:
+        place, cells = self.places[m.base], m.channels * m.stride
+        return f"    memset(memory + {place}, 0, {cells} * sizeof *memory);"
+
+    def _entry(self) -> list[str]:
+        image, logits = self.plan.image, self.plan.logits
+        place, p, border, side = self.places[image.base], image.phases, image.border, image.side
+        phase = f"((y + {border}) % {p} * {p} + (x + {border}) % {p})"
+        at = f"({phase} * {side} + (y + {border}) / {p}) * {side} + (x + {border}) / {p}"
+        return [
+            f"void {self.name}_logits(const uint8_t *image, float *logits)",
+            "{",
+            self._clear(image),
+            f"    for (int c = 0; c < {image.channels}; c++)",
+            f"        for (int y = 0; y < {image.size}; y++)",
+            f"            for (int x = 0; x < {image.size}; x++)",
+            f"                memory[{place} + c * {image.stride} + {at}] =",
+            "                    *image++ / 127.5f - 1;",
+            *self.steps,
+            f"    memcpy(logits, memory + {self.places[logits.base]}, "
+            f"{logits.channels} * sizeof *logits);",
+            "}",
+            "",
+        ]
+
+
+def _places(plan: Plan) -> tuple[dict[int, int], int]:
+    """Where in memory each map begins, by its `base`, and how many cells that takes.
+
+    Each map has its place from the first product that writes it to the last that reads it.
+    """
+    maps, lives = {}, {}
+    for step, product in enumerate(plan.products):
+        pooled = [product.pool.target] if product.pool else []
+        for used in (product.source, product.target, *pooled):
+            maps[used.base] = used
+            lives.setdefault(used.base, [step, step])[1] = step
+    places: dict[int, int] = {}
+    for base, (first, last) in sorted(lives.items(), key=lambda item: item[1][0]):
+        taken = sorted(
+            (places[other], places[other] + maps[other].channels * maps[other].stride)
+            for other in places
+            if lives[other][0] <= last and first <= lives[other][1]
+        )
+        place = 0
+        for begin, end in taken:
+            if place + maps[base].channels * maps[base].stride <= begin:
+                break
+            place = max(place, end)
+        places[base] = place
+    return places, max(places[base] + m.channels * m.stride for base, m in maps.items())
+
+
+def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
+    """A function for products of this shape, and how many positions it reads from a tap on."""
+    size, source, target = p.target.size, p.source.side, p.target.side
+    flat = size <= FLAT and source == target
+    cells = (size - 1) * source + size
+    if flat:  # all positions are equally far apart in both maps: rows need not be told apart
+        width = POSITIONS if cells > 8 else min(8, 1 << (cells - 1).bit_length())
+        vectors, columns = -(-cells // width), 1
+    else:
+        width = min(POSITIONS, 1 << (size - 1).bit_length())
+        vectors, columns = size, -(-size // width)
+    pieces = -(-vectors // SUMS)
+    vectors = -(-vectors // pieces)
+    step = width if flat else source
+    turns = 4 if vectors * width <= 8 else 1  # of sums, if one would wait for itself
+    names = ["counts", "gaps", "weights", "scales", "bias"]
+    names = names if len(kinds) == 5 else [n for n in names if n != "scales"]
+    parameters = [f"const {kind} *{name}" for kind, name in zip(kinds, names, strict=True)]
+    if flat and cells > 1:
+        inside = [int(i < cells and i % source < size) for i in range(pieces * vectors * width)]
+        row = "".join(f"{i}," for i in inside)
+        lines = [f"static const uint8_t NAME_inside[{len(inside)}] = {{", row, "};", ""]
+    else:
+        lines = []
+    lines += [
+        f"/* To maps of {size} x {size}: {vectors} x {width} positions at a time. */",
+        "static void NAME(int rows, int add, float lowest,",
+        f"    {', '.join(parameters[:3])},",
+        f"    {', '.join(parameters[3:])}, const float *x, float *y"
+        + (", float *pooled)" if pool else ")"),
+        "{",
+        f"    for (int o = 0; o < rows; o++, {'pooled' if pool else 'y'} += "
+        f"{p.pool.target.stride if p.pool else p.target.stride}) {{",
+        "        const int count = (int)counts[o];",
+    ]
+    indent = " " * 8
+    begin = ""
+    if flat and pieces > 1:
+        lines.append(f"{indent}for (int at = 0; at < {cells}; at += {vectors * width}) {{")
+        indent, begin = indent + "    ", " + at"
+    if not flat and pieces > 1:
+        lines.append(f"{indent}for (int row = 0; row < {size}; row += {vectors})")
+    if not flat and columns > 1:
+        lines.append(f"{indent}for (int column = 0; column < {size}; column += {width})")
+    if not flat and pieces * columns > 1:
+        lines[-1] += " {"
+        indent += "    "
+        begin = f" + row * {source}" * (pieces > 1) + " + column" * (columns > 1)
+
+    def each(
+        do: str, more: str = "", unroll: str = "", rows: str = "", lanes: str = ""
+    ) -> list[str]:
+        """Loops over the sums."""
+        return [
+            f"{indent}{more}{unroll}for (int v = 0; v < {vectors}{rows}; v++)",
+            f"{indent}{more}    {unroll}for (int j = 0; j < {width}{lanes}; j++)",
+            f"{indent}{more}        {do}",
+        ]
+
+    def add(k: str, turn: str, more: str) -> list[str]:
+        return [
+            f"{indent}{more}const float w = weights[{k}];",
+            f"{indent}{more}from += gaps[{k}];",
+            *each(f"sums{turn}[v][j] += w * from[{step} * v + j];", more, "UNROLL "),
+        ]
+
+    shape = f"[{turns}]" if turns > 1 else ""
+    lines += [
+        f"{indent}float sums{shape}[{vectors}][{width}];",
+        f"{indent}const float *from = x{begin};",
+        f"{indent}int k = 0;",
+        f"{indent}memset(sums, 0, sizeof sums);",
+    ]
+    if turns > 1:
+        lines += [
+            f"{indent}for (; k + {turns} <= count; k += {turns})",
+            f"{indent}    for (int u = 0; u < {turns}; u++) {{",
+            *add("k + u", "[u]", " " * 8),
+            f"{indent}    }}",
+        ]
+    lines += [
+        f"{indent}for (; k < count; k++) {{",
+        *add("k", "[0]" if turns > 1 else "", "    "),
+        f"{indent}}}",
+    ]
+    total = " + ".join(f"sums[{u}][v][j]" for u in range(turns)) if turns > 1 else "sums[v][j]"
+    total = f"({total})" if turns > 1 and "scales" in names else total
+    total += (" * scales[o]" if "scales" in names else "") + " + bias[o]"
+    corner = p.target.at(0, 0)
+    offset = f"y + {corner}" if corner else "y"
+    if flat:
+        test = f"NAME_inside[{width} * v + j{begin.replace(' +', ' +')}]" if cells > 1 else ""
+        place = f"{offset}{begin} + {width} * v + j"
+        rows_left = lanes_left = ""
+    else:
+        test = ""
+        rows = "(row + v)" if pieces > 1 else "v"
+        place = f"{offset} + {rows} * {target}" + (" + column" * (columns > 1)) + " + j"
+        rows_left = f" && row + v < {size}" if pieces > 1 and size % vectors else ""
+        lanes_left = f" && column + j < {size}" if columns > 1 and size % width else ""
+        lanes_left = f" && j < {size}" if columns == 1 and size < width else lanes_left
+    store = [
+        f"float *to = {place};",
+        f"float sum = {total} + (add ? *to : 0);",
+        "sum = sum > lowest ? sum : lowest;",
+        f"*to = {test} ? sum : *to;" if test else "*to = sum;",
+    ]
+    loops = each("{", rows=rows_left, lanes=lanes_left)
+    lines += [loops[0], f"{loops[1]} {{"]
+    lines += [f"{indent}        {line}" for line in store]
+    lines.append(f"{indent}    }}")
+    if len(indent) > 8:
+        lines.append(f"{indent[:-4]}}}")
+    lines += ["        gaps += count;", "        weights += count;"]
+    if pool:
+        lines.append(f"        {pool}(y, pooled);")
+    last = pieces * vectors - 1
+    reads = last * step + (width - 1 if flat else columns * width - 1) + 1
+    writes = last * (step if flat else target) + columns * width
+    return [*lines, "    }", "}"], max(reads, writes)
+
+
+def _copy(source: Map, target: Map) -> list[str]:
+    """A function that sorts the pixels of each channel by their remainders modulo a stride."""
+    p, side, channels = target.phases, source.side, source.channels
+    return [
+        f"/* {channels} maps of {side} x {side}: every {p}th pixel of every {p}th row together. */",
+        "static void NAME(const float *x, float *y)",
+        "{",
+        f"    for (int c = 0; c < {channels}; c++, x += {source.stride})",
+        f"        for (int i = 0; i < {p}; i++)",
+        f"            for (int j = 0; j < {p}; j++, y += {target.side**2})",
+        f"                for (int v = 0; {p} * v + i < {side}; v++)",
+        f"                    for (int u = 0; {p} * u + j < {side}; u++)",
+        f"                        y[{target.side} * v + u] =",
+        f"                            x[({p} * v + i) * {side} + {p} * u + j];",
+        "}",
+    ]
+
+
+def _pool(pool: Pool, source: Map) -> list[str]:
+    """A function for the maxima of one channel; the border is zero, and so is the least value."""
+    size, side, kernel, stride = pool.target.size, source.side, pool.kernel, pool.stride
+    return [
+        f"/* The largest of each {kernel} x {kernel}, {stride} apart. */",
+        "static void NAME(const float *x, float *y)",
+        "{",
+        f"    y += {pool.target.at(0, 0)};",
+        f"    for (int v = 0; v < {size}; v++, x += {stride * side}, y += {pool.target.side}) {{",
+        f"        float rows[{side}];",
+        f"        memcpy(rows, x, {side} * sizeof *rows);",
+        f"        for (int i = 1; i < {kernel}; i++)",
+        f"            for (int j = 0; j < {side}; j++)",
+        f"                rows[j] = x[{side} * i + j] > rows[j] ? x[{side} * i + j] : rows[j];",
+        f"        for (int u = 0; u < {size}; u++) {{",
+        f"            y[u] = rows[{stride} * u];",
+        f"            for (int j = 1; j < {kernel}; j++)",
+        f"                y[u] = rows[{stride} * u + j] > y[u] ? rows[{stride} * u + j] : y[u];",
+        "        }",
+        "    }",
+        "}",
+    ]
+
+
+def _string(text: str) -> str:
+    """A C string: what is not a plain character becomes an octal escape; `?` for trigraphs."""
+    return '"' + "".join(
+        chr(byte) if 32 <= byte < 127 and byte not in b'"\\?' else f"\\{byte:03o}"
+        for byte in text.encode(errors="replace")
+    ) + '"'  # fmt: skip
+
+
+def identifier(name: str) -> str:
+    """`name` as the beginning of a C identifier."""
+    name = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return name if name[:1].isalpha() else f"net_{name}"
+
+
+HEAD = """#include <float.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __clang__ /* which keeps sums in registers only if told; GCC does so by itself */
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL
+#endif
+"""
+
+PROGRAM = r"""#ifdef CLASSIFY_MAIN
+#include <stdio.h>
+
+/* The next four bytes of a file, highest first; -1 at its end. */
+static long number(FILE *file)
+{
+    long value = 0;
+    for (int i = 0; i < 4; i++) {
+        const int byte = getc(file);
+        if (byte == EOF || (i == 0 && byte > 127))
+            return -1;
+        value = value * 256 + byte;
+    }
+    return value;
+}
+
+int main(int argc, char **argv)
+{
+    static uint8_t image[CHANNELS * SIZE * SIZE];
+    float logits[CLASSES];
+    FILE *file = argc == 2 ? fopen(argv[1], "rb") : NULL;
+    if (file == NULL) {
+        fprintf(stderr, "usage: %s FILE, an IDX file of images\n", argv[0]);
+        return 2;
+    }
+    const long kind = number(file), images = number(file);
+    int fits = images >= 0 && kind == (CHANNELS == 1 ? 0x0803 : 0x0804);
+    if (CHANNELS > 1)
+        fits = fits && number(file) == CHANNELS;
+    fits = fits && number(file) == SIZE && number(file) == SIZE;
+    if (!fits) {
+        fprintf(stderr, "%s: not an IDX file of images of SIZE x SIZE\n", argv[1]);
+        return 2;
+    }
+    for (long i = 0; i < images; i++) {
+        int best = 0;
+        if (fread(image, sizeof image, 1, file) != 1) {
+            fprintf(stderr, "%s: ends before its last image\n", argv[1]);
+            return 2;
+        }
+        NAME_logits(image, logits);
+        for (int c = 1; c < CLASSES; c++)
+            best = logits[c] > logits[best] ? c : best;
+        printf("%d\n", best);
+    }
+    fclose(file);
+    return 0;
+}
+#endif
+"""

@@ -1,0 +1,159 @@
+"""The C file, compiled as strictly as the compiler can, against PyTorch."""
+
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from test_project import SHIPPED
+from test_sparse import prune_to
+
+import checkpoint
+import csource
+import export
+import models
+
+compiled = pytest.mark.skipif(export.compiler() is None, reason="needs a C compiler")
+STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def pictures(n, size=28, grey=True):
+    shape = (n, size, size) if grey else (n, 3, size, size)
+    generator = torch.Generator().manual_seed(size)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+
+def cc(folder, *flags):
+    return subprocess.run([*export.compiler(), *flags], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def sanitizers(tmp_path_factory):
+    """SANITIZE if the compiler has it and its programs run, else nothing."""
+    folder = tmp_path_factory.mktemp("sanitizers")
+    (folder / "a.c").write_text("int main(void) { return 0; }")
+    works = cc(folder, *SANITIZE, "a.c").returncode == 0
+    return SANITIZE if works and subprocess.run(folder / "a.out").returncode == 0 else []
+
+
+def write_idx(path, images_u8):
+    header = [0x0800 + images_u8.dim(), *images_u8.shape]
+    path.write_bytes(np.array(header, ">i4").tobytes() + images_u8.numpy().tobytes())
+
+
+def compare(folder, flags, model, images_u8, bits=32, classes=()):
+    """Compile with `flags`; program, library and PyTorch must agree."""
+    meta = {"image_size": images_u8.shape[-1], "grey": images_u8.dim() == 3, "classes": classes}
+    network, source = export.c_source(model, meta, "net", bits, ["A network."])
+    (folder / "net.c").write_text(source.text())
+    made = cc(folder, *STRICT, *flags, "-O1", "-DCLASSIFY_MAIN", "net.c", "-o", "classify")
+    assert made.returncode == 0, made.stderr[:2000]
+    write_idx(folder / "images", images_u8)
+    ran = subprocess.run([folder / "classify", folder / "images"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[:2000]
+    expected = models.infer(network, images_u8)
+    assert [int(line) for line in ran.stdout.split()] == expected.argmax(1).tolist()
+    logits = export.CLibrary(source.text(), "net", expected.shape[1])(images_u8)
+    assert export.check(logits, expected) < 1
+    return source
+
+
+@compiled
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_the_shipped_network_fits_a_small_device(bits, tmp_path, sanitizers):
+    model, meta = checkpoint.load(SHIPPED)
+    source = compare(tmp_path, sanitizers, model, pictures(20), bits, meta["classes"])
+    assert source.memory_bytes <= 128_000
+    assert cc(tmp_path, *STRICT, "-Os", "-c", "net.c").returncode == 0
+    objects = (tmp_path / "net.o").stat().st_size
+    assert objects <= {32: 600_000, 16: 450_000}.get(bits, 320_000)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("size", "grey", "stem", "budget"),
+    [(33, False, 4, 100_000), (28, True, 2, 60_000), (17, False, 2, 50_000), (19, True, 1, 30_000)],
+)
+def test_colour_odd_sizes_and_small_stems(size, grey, stem, budget, tmp_path, sanitizers):
+    torch.manual_seed(0)
+    model = prune_to(models.build("resnet18", 3, stem=stem), budget, size)
+    if not grey:
+        model.conv1.weight.data[:, 1:] = 0.1 * torch.randn_like(model.conv1.weight[:, 1:])
+    compare(tmp_path, sanitizers, model, pictures(3, size, grey))
+
+
+@compiled
+def test_a_dense_network_and_resnet50(tmp_path, sanitizers):
+    torch.manual_seed(0)
+    dense = models.build("resnet18", 10)
+    for name in ("layer3", "layer4"):  # else the compiler takes minutes
+        for module in dense.get_submodule(name).modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.data[module.out_channels // 16 :] = 0
+    compare(tmp_path, sanitizers, dense.eval(), pictures(2))
+    compare(tmp_path, sanitizers, prune_to(models.build("resnet50", 4), 150_000), pictures(2))
+
+
+@compiled
+def test_dead_channels_and_empty_layers(resnet18, tmp_path, sanitizers):
+    prune_to(resnet18, 50_000)
+    with torch.no_grad():
+        resnet18.layer1[0].conv1.weight.zero_()
+        resnet18.layer2[0].downsample[0].weight.zero_()
+        resnet18.fc.weight[3] = 0
+    compare(tmp_path, sanitizers, resnet18, pictures(3), 8)
+
+
+HOSTILE = [
+    "*/ int x;",
+    'a"; int y; "',
+    "line\nbreak\r",
+    "??/",
+    "\\",
+    "\0",
+    "\u2028é",
+    "%d%n",
+    "//",
+    "??)",
+]
+
+
+@compiled
+def test_class_names_stay_in_their_strings(tmp_path):
+    model, _ = checkpoint.load(SHIPPED)
+    source = compare(tmp_path, ["-trigraphs"], model, pictures(2), classes=HOSTILE)
+    writes = "".join(
+        f"fwrite(net_classes[{i}], {len(name.encode())}, 1, stdout);"
+        for i, name in enumerate(HOSTILE)
+    )
+    program = f"\n#include <stdio.h>\nint main(void) {{ {writes} return 0; }}\n"
+    (tmp_path / "names.c").write_text(source.text() + program)
+    assert cc(tmp_path, *STRICT, "-trigraphs", "names.c", "-o", "names").returncode == 0
+    printed = subprocess.run(tmp_path / "names", capture_output=True).stdout
+    assert printed == "".join(HOSTILE).encode()
+
+
+def test_file_names_become_identifiers():
+    for name, expected in (("a-b c", "a_b_c"), ("8bit", "net_8bit"), ("é", "net__"), ("", "net_")):
+        assert csource.identifier(name) == expected
+
+
+@compiled
+def test_the_program_refuses_what_is_no_idx_file_of_its_images(tmp_path):
+    model, _ = checkpoint.load(SHIPPED)
+    compare(tmp_path, [], model, pictures(1))
+    good = (tmp_path / "images").read_bytes()
+    write_idx(tmp_path / "small", pictures(1, 20))
+    for name, content in (
+        ("short", good[:-1]),
+        ("header", good[:10]),
+        ("empty", b""),
+        ("kind", b"\1" + good[1:]),
+        ("small", (tmp_path / "small").read_bytes()),
+        ("negative", good[:4] + b"\xff" + good[5:]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        ran = subprocess.run([tmp_path / "classify", tmp_path / name], capture_output=True)
+        assert ran.returncode == 2 and ran.stderr.count(b"\n") == 1, name
+    assert subprocess.run([tmp_path / "classify", "absent"], capture_output=True).returncode == 2
