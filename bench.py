@@ -7,7 +7,7 @@ Prints a table for each part and ends with one line of JSON. What is compared ru
 a machine that slows down slows down all; shown are medians, and the JSON holds the spread as well.
 """
 
-import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+import openmp  # isort: skip  # before torch, which reads what it sets
 
 import argparse
 import json
@@ -46,7 +46,7 @@ import train
 WEIGHTS = Path(__file__).resolve().parent / "pruned_resnet18.pth"
 BATCHES = (1, 32, 256, 1024)
 WAY_BATCHES = (1, 256)
-PARTS = ("train", "files", "predict", "ways")
+PARTS = ("train", "files", "predict", "ways", "shared")
 ROUNDS = 5  # of all that is compared, in turns
 SECONDS = 0.3  # at least, that each is run in a round
 
@@ -399,6 +399,62 @@ def files(weights: Path) -> Figures:
     return results
 
 
+# --- a machine that is shared ---------------------------------------------------------------------
+
+
+def shared() -> Figures:
+    """Milliseconds of a training step and of dense inference, alone and beside one busy process,
+    with our waiting policy (openmp.py) and with OpenMP's own."""
+    others = {name: value for name, value in os.environ.items() if name not in openmp.NAMES}
+    child = [sys.executable, "-c", "import bench; bench.steps()"]
+    busy = [sys.executable, "-c", "while True: pass"]
+    results = Figures()
+    print(f"\n{'ms':36}{'step':>9}{'batch 1':>9}{'batch 256':>11}")
+    for state in ("quiet", "busy"):
+        # LLVM's default, so that openmp.py finds a policy that was chosen, and leaves GNU's alone.
+        for policy, more in (("ours", openmp.WAITING), ("default", {"KMP_BLOCKTIME": "200"})):
+            # In a session of its own, or the scheduler counts it and us as one.
+            beside = subprocess.Popen(busy, start_new_session=True) if state == "busy" else None
+            try:
+                done = subprocess.run(
+                    child, env=others | more, cwd=WEIGHTS.parent, stdout=subprocess.PIPE, check=True
+                )
+            finally:
+                if beside is not None:
+                    beside.kill()
+                    beside.wait()
+            row = json.loads(done.stdout)
+            for name, figures in row.items():
+                results.add(figures, policy, state, name, digits=1)
+            row = results.medians[policy][state].values()
+            title = f"{state}, {'openmp.py' if policy == 'ours' else 'as OpenMP waits by itself'}"
+            print(f"{title:36}" + "".join(f"{ms:>9,.1f}" for ms in row), flush=True)
+    return results
+
+
+def steps() -> None:
+    """Print milliseconds of single steps and forward passes of a ResNet18, at most 15 s of each."""
+    setup = loop.Setup(torch.device("cpu"), models.bf16_pays(torch.device("cpu")), 28, True)
+    network = loop.Network(models.build("resnet18", 10), loop.Stage(1), setup)
+    network.model.train()
+    model = models.build("resnet18", 10).eval()
+    images = models.normalize(torch.randint(256, (256, 28, 28), dtype=torch.uint8))
+    targets = torch.eye(10)[torch.arange(256) % 10]
+    results = {}
+    for name, run, most in (
+        ("step", lambda: network.step(images, targets, None, 0.0)[0].item(), 20),
+        ("batch 1", torch.no_grad()(lambda: model(images[:1])), 200),
+        ("batch 256", torch.no_grad()(lambda: model(images)), 20),
+    ):
+        times, began = [], time.perf_counter()
+        while len(times) < most + 2 and (len(times) < 4 or time.perf_counter() - began < 15):
+            start = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - start))
+        results[name] = times[2:]  # without those that warm up
+    print(json.dumps(results))
+
+
 # --- command line -------------------------------------------------------------------------------
 
 
@@ -424,6 +480,7 @@ def main(argv: list[str] | None = None) -> int:
             "train": lambda: training(source, device),
             "files": lambda: files(args.weights),
             "ways": lambda: ways(args.weights, source),
+            "shared": shared,
         }[args.only]()
     except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"bench.py: {error}", file=sys.stderr)

@@ -453,10 +453,12 @@ def _list_classes(source: Source, split: str) -> tuple[list[Path], Tensor]:
 def image_files(folder: Path) -> list[Path]:
     """All image files in and below `folder`, in the order of their names, but hidden ones.
 
-    Links are followed, to each folder once. Raises DataError.
+    Links are followed, to each folder once; a folder that is not there has none. Raises DataError.
     """
 
     def stop(error: OSError):
+        if isinstance(error, FileNotFoundError):
+            return
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
 
     files, seen = [], set()

@@ -12,6 +12,7 @@ WAITING = {
     "GOMP_SPINCOUNT": "2000",  # GNU's, which PyTorch's wheels for Linux bring: turns of a loop
     "KMP_BLOCKTIME": "0",  # LLVM's and Intel's, of conda and macOS: milliseconds
 }
+NAMES = {"OMP_WAIT_POLICY", *WAITING}
 
-if not {"OMP_WAIT_POLICY", *WAITING} & os.environ.keys():
+if not NAMES & os.environ.keys():
     os.environ.update(WAITING)

@@ -94,6 +94,7 @@ def tables() -> dict[str, str]:
         "sizes": "\n".join(sizes_table()),
         "speed": "\n".join(speed_tables(measured)),
         "ways": "\n".join(ways_table(measured["ways"])),
+        "shared": "\n".join(shared_table(measured["shared"])),
         "serving": "\n".join(serving_table(measured["ways"])),
     }
 
@@ -119,6 +120,22 @@ def ways_table(measured: dict) -> list[str]:
         row = measured[name]
         figures = f"{row['bytes'] / 1000:,.0f} | {needs} | {row['1']:,.0f} | {row['256']:,.0f}"
         lines.append(f"| {title} | {figures} | {row['equal']:,.0f} of {row['of']:,.0f} |")
+    return lines
+
+
+def shared_table(measured: dict) -> list[str]:
+    """What a busy process beside it costs."""
+    lines = [
+        "| ms | training step | dense, batch 1 | dense, batch 256 |",
+        "|---|---|---|---|",
+    ]
+    for policy, title in (
+        ("ours", "as our scripts wait"),
+        ("default", "as OpenMP waits by itself"),
+    ):
+        for state, beside in (("quiet", "alone"), ("busy", "beside one busy process")):
+            row = " | ".join(f"{ms:,.0f}" for ms in measured[policy][state].values())
+            lines.append(f"| {title}, {beside} | {row} |")
     return lines
 
 

@@ -55,17 +55,6 @@ RECIPES = {
             for epochs, cuts in ((14, 10), (14, 10), (32, 8))
         ),
     ),
-    # For --stem 2, whose larger maps leave more to learn: stronger augmentation, a longer student.
-    "standard": Recipe(
-        teacher=Stage(20),
-        student=Stage(16, **_SGD, **_KD),
-        pruned=tuple(
-            Stage(epochs, **_SGD, **_KD, cuts=cuts)
-            for epochs, cuts in ((14, 10), (14, 10), (32, 8))
-        ),
-        crop_scale=(0.8, 1.0),
-        mixup_alpha=0.2,
-    ),
     # Accuracy against size: one ladder whose networks are all kept, one for each budget. After cuts
     # so harsh AdamW recovers faster than SGD, which in longer rounds is as good or better (LOG.md).
     "curve": Recipe(
@@ -227,7 +216,7 @@ def finish(
     by_class = None
     if images.val is not None:
         val_logits = models.infer(model, images.val[0])
-        shares = models.accuracy_by_class(val_logits, images.val[1]).tolist()
+        shares = models.accuracy_by_class(val_logits, images.val[1]).cpu().tolist()
         by_class = {
             name: None if math.isnan(share) else share
             for name, share in zip(source.classes, shares, strict=True)

@@ -51,7 +51,13 @@ def seeds(folder: Path) -> dict[str, bytes]:
     model = models.build("resnet18", 10)
     masks = prune.all_useful(model, 28, grey=True)
     prune.apply_(model, prune.choose(model, masks, 100_000, 28, grey=True))
-    meta = {"arch": "resnet18", "num_classes": 10, "budget": 100_000}
+    meta = {
+        "arch": "resnet18",
+        "num_classes": 10,
+        "budget": 100_000,
+        "image_size": 28,
+        "grey": True,
+    }
     path, files = folder / "seed.pth", {}
     checkpoint.save(path, model, meta)
     files["pruned"] = path.read_bytes()

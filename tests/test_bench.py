@@ -12,7 +12,7 @@ import train
 
 @pytest.mark.parametrize("part", bench.PARTS)
 def test_the_last_line_is_json_with_a_figure_for_each(
-    part, tiny, tiny_data, shipped_like, monkeypatch, capsys
+    part, wide, tiny_data, shipped_like, monkeypatch, capsys
 ):
     monkeypatch.setitem(train.RECIPES, "cpu", train.RECIPES["quick"])
     monkeypatch.setitem(sys.modules, "openvino", None)  # tests that train come after this one

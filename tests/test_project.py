@@ -20,12 +20,15 @@ import export  # noqa: E402
 import models  # noqa: E402
 import prune  # noqa: E402
 import readme  # noqa: E402
+import record  # noqa: E402
 import train  # noqa: E402
 
 SHIPPED = ROOT / "pruned_resnet18.pth"
 
 
-@pytest.mark.parametrize("name", ["results", "sizes", "layers", "speed", "ways", "serving"])
+@pytest.mark.parametrize(
+    "name", ["results", "sizes", "layers", "speed", "ways", "shared", "serving"]
+)
 def test_the_readmes_tables_are_the_programs(name):
     assert readme.part((ROOT / "README.md").read_text(), name)[2] == readme.tables()[name]
 
@@ -119,7 +122,7 @@ def readme_commands() -> list[tuple[str, list[str]]]:
 
 
 @pytest.fixture
-def newcomers_folder(tmp_path, monkeypatch, tiny, tiny_data, shipped_like):
+def newcomers_folder(tmp_path, monkeypatch, wide, tiny_data, shipped_like):
     """A folder with all that the README's commands speak of, and a tiny recipe behind each name."""
     from PIL import Image
 
@@ -156,7 +159,7 @@ def test_the_readmes_commands_run(script, flags, newcomers_folder, monkeypatch):
     monkeypatch.setattr(train, "announce", lambda *args: None)
     monkeypatch.setattr(train, "train", lambda *args: None)
     monkeypatch.setattr(train, "finish", lambda *args: None)
-    monkeypatch.setattr(train, "report", lambda *args: None)
+    monkeypatch.setattr(record.Run, "report", lambda *args: None)
     module = importlib.import_module(script.removesuffix(".py"))
     assert module.main(list(flags)) == 0
 

@@ -59,7 +59,7 @@ def test_a_users_results_do_not_touch_what_git_tracks():
 
 
 def report(tmp_path, student, pruned, **settings):
-    run = record.Run(tmp_path, {"recipe_name": "cpu", **settings})
+    run = record.Run(tmp_path, {"recipe_name": "cpu", **settings}, *MACHINE)
     common = {"file": "a.pth", "kilobytes": 1, "parameters": 9, "minutes": 1.0}
     stages = [
         {"stage": stage, **common, **{f"{k}_{kind}": v for (k, kind), v in shares.items()}}
