@@ -9,8 +9,10 @@ import bench
 import export
 import train
 
+SHARED = pytest.param("shared", marks=pytest.mark.slow)  # real seconds beside a busy process
 
-@pytest.mark.parametrize("part", bench.PARTS)
+
+@pytest.mark.parametrize("part", [*(part for part in bench.PARTS if part != "shared"), SHARED])
 def test_the_last_line_is_json_with_a_figure_for_each(
     part, wide, tiny_data, shipped_like, monkeypatch, capsys
 ):
@@ -33,6 +35,9 @@ def test_the_last_line_is_json_with_a_figure_for_each(
         assert results["files"]["plain"]["bytes"] > 44_000_000
     if part == "train":
         assert min(results["train"][loop] for loop in ("ours", "bare", "usual")) > 0
+    if part == "shared":
+        busy = {policy: results["shared"][policy]["busy"]["step"] for policy in ("ours", "default")}
+        assert 0 < busy["ours"] < busy["default"]
     if part == "ways":
         found = results["ways"]
         assert found["sparse"]["bytes"] == shipped_like.stat().st_size
