@@ -133,7 +133,9 @@ def test_few_and_many_classes(n, classes, tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert ", never mirrored" in printed and "none for validation" not in printed
     record = json.loads((tmp_path / "runs" / "own" / "run.json").read_text())
-    assert record["settings"]["flip"] is False and "val_balanced" not in record["stages"][-1]
+    assert record["settings"]["flip"] is False
+    if n > 2:  # the tiny validation has no image of some of the hundred classes: uneven
+        assert "val_balanced" not in record["stages"][-1]
 
 
 def test_uneven_classes_have_balanced_accuracy_and_one_for_each(tiny, folder, tmp_path, capsys):
