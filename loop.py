@@ -53,7 +53,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    teacher: Stage
+    teacher: Stage | None  # None: the dense student teaches what is left of it
     student: Stage
     pruned: tuple[Stage, ...]  # rounds of pruning, each from the network before it
     budgets: tuple[int, ...] = ()  # what rounds end with; (): evenly, by their cuts, to --budget

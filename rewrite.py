@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+LARGEST_UNFOLDED = 4  # pixels a side of the maps up to which a weight gradient is a matrix product
 BLOCK = 16  # channels that onnxruntime computes together; it is slow with other numbers of them
 
 
@@ -105,7 +106,7 @@ class MatmulConv2d(nn.Conv2d):
             x = x.permute(0, 2, 3, 1).flatten(1)
             weight = weight.permute(0, 2, 3, 1).flatten(1)
             return F.linear(x, weight, bias)[:, :, None, None]
-        if torch.is_grad_enabled() and bias is None:
+        if torch.is_grad_enabled() and bias is None and size <= LARGEST_UNFOLDED:
             if torch.is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu")
                 x, weight = x.to(dtype), weight.to(dtype)

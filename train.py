@@ -5,7 +5,8 @@
 
 Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
 (ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
-on). All that a run leaves is in runs/<name>/; the same command goes on with a run that was stopped.
+on). A recipe can do without a teacher: then the student learns from labels, and teaches what is
+left of it. All that a run leaves is in runs/<name>/; the same command goes on with a run that was stopped.
 Validation images, held out of the training set, choose the epoch; test is measured once, at the
 end.
 """
@@ -55,6 +56,17 @@ RECIPES = {
             for epochs, cuts in ((14, 10), (14, 10), (32, 8))
         ),
     ),
+    # Without a ResNet50: the dense student learns from labels alone, and teaches its pruned self. For
+    # `--stem 2`, where a ResNet50 costs two hours more.
+    "self": Recipe(
+        teacher=None,
+        student=Stage(18, **_SGD, **_KD),
+        pruned=tuple(
+            Stage(epochs, **_KD, cuts=cuts) for epochs, cuts in ((4, 3), (6, 4), (14, 5))
+        ),
+        crop_scale=(0.8, 1.0),
+        mixup_alpha=0.2,
+    ),
     # Accuracy against size: one ladder whose networks are all kept, one for each budget. After cuts
     # so harsh AdamW recovers faster than SGD, which in longer rounds is as good or better (LOG.md).
     "curve": Recipe(
@@ -82,10 +94,9 @@ def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
     if not ends:
         steps = prune.ladder(largest, budget, sum(cuts))
         ends = tuple(steps[sum(cuts[: n + 1]) - 1] for n in range(rounds))
-    parts = [
-        Part("teacher", recipe.teacher, 0, "teacher.pth"),
-        Part("student", recipe.student, 1, "student.pth"),
-    ]
+    parts = [Part("student", recipe.student, 1, "student.pth")]
+    if recipe.teacher is not None:
+        parts.insert(0, Part("teacher", recipe.teacher, 0, "teacher.pth"))
     for n, (stage, start, end) in enumerate(
         zip(recipe.pruned, (largest, *ends[:-1]), ends, strict=True)
     ):
@@ -127,6 +138,15 @@ def given_teacher(run: Run) -> Path | None:
     return Path(given["file"]) if given else None
 
 
+def teacher_of(run: Run, part: Part) -> Path | None:
+    """The file of the network that `part` learns from beside the labels; None: from labels only."""
+    if part.name == "teacher":
+        return None
+    own = "teacher.pth" if run.settings["recipe"]["teacher"] else "student.pth"
+    path = given_teacher(run) or run.folder / own
+    return None if path == run.path(part) else path
+
+
 def train(
     run: Run, parts: list[Part], images: loop.Images, setup: Setup, source: data.Source, stop: Stop
 ) -> None:
@@ -134,11 +154,10 @@ def train(
     teacher, before = None, None
     for part in parts:
         parallel.wait()  # until process 0 has written the part before
-        path = run.path(part)
+        path, learns_from = run.path(part), teacher_of(run, part)
         if not path.exists():
-            if part.name != "teacher" and teacher is None:
-                teacher, _ = checkpoint.load(given_teacher(run) or run.folder / "teacher.pth")
-                teacher = setup.frozen(teacher)
+            if learns_from is not None and teacher is None:
+                teacher = setup.frozen(checkpoint.load(learns_from)[0])
             if part.name == "pruned":
                 model, _ = checkpoint.load(before)
             else:
@@ -277,10 +296,12 @@ def pictures(
 
 def result_rows(run: Run, stages: list[dict], all_rounds: bool) -> list[dict]:
     """A row for results.csv for the pruned network, or for that of each round."""
-    teacher, student, *pruned = stages
+    *teachers, student = (stage for stage in stages if not stage["stage"].startswith("pruned"))
+    pruned = stages[len(teachers) + 1 :]
+    teacher = teachers[0] if teachers else {}
 
     def accuracies(name: str, stage: dict) -> dict[str, str]:
-        pairs = {split: stage[f"{split}_accuracy"] for split in ("val", "test")}
+        pairs = {split: stage.get(f"{split}_accuracy") for split in ("val", "test")}
         return {f"{name}_{k}": "" if v is None else f"{v:.4f}" for k, v in pairs.items()}
 
     return [
@@ -329,7 +350,8 @@ def measure(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> d
     """Seconds that a training step takes in each stage, on networks thrown away."""
     seconds = {}
     given, classes = given_teacher(run), images.classes
-    teacher = checkpoint.load(given)[0] if given else build("teacher", run.settings, classes)
+    largest = "teacher" if run.settings["recipe"]["teacher"] else "student"
+    teacher = checkpoint.load(given)[0] if given else build(largest, run.settings, classes)
     teacher = setup.frozen(teacher)
     for part in parts:
         if part.round > 1:
@@ -341,7 +363,7 @@ def measure(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> d
         batches = images.batches(Generator(setup.device).manual_seed(0))
         for _, batch in zip(range(5), batches, strict=False):
             began = time.perf_counter()
-            loss, _ = network.step(*batch, None if stage == "teacher" else teacher, rate=0.0)
+            loss, _ = network.step(*batch, teacher if teacher_of(run, part) else None, rate=0.0)
             loss.item()
             times.append(time.perf_counter() - began)
         seconds[part.name] = sorted(times)[len(times) // 2]
@@ -438,7 +460,7 @@ def start(args: argparse.Namespace) -> None:
             _, largest = prune.budget_range(student, setup.image_size, setup.grey)
             parts = plan(recipe, largest, settings["budget"])
             if args.teacher is not None:
-                parts = parts[1:]
+                parts = [part for part in parts if part.name != "teacher"]
             announce(run, parts, images, setup)
             with Stop() as stop:
                 train(run, parts, images, setup, source, stop)

@@ -32,7 +32,11 @@ def folder(tmp_path):
 def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     recipe = train.RECIPES[name]
     parts = train.plan(recipe, 4_228_570, 100_000)
-    assert [part.number for part in parts] == list(range(len(recipe.pruned) + 2))
+    pruned = [part for part in parts if part.name == "pruned"]
+    assert [part.name for part in parts if part.number < 2] == list(
+        train.STAGES[recipe.teacher is None : 2]
+    )
+    assert [part.number for part in pruned] == list(range(2, len(recipe.pruned) + 2))
     assert len({part.file for part in parts}) == len(parts)
     assert parts[-1].file == "pruned_resnet18.pth"
     cuts = [budget for part in parts for budget in part.cuts]
@@ -41,7 +45,7 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     assert all(len(part.cuts) == part.stage.cuts <= part.stage.epochs for part in parts)
     assert parts[-1].stage.cuts < parts[-1].stage.epochs
     assert all(part.stage.cuts <= (1 - loop.PLAIN) * part.stage.epochs for part in parts)
-    ends = [part.cuts[-1] for part in parts[2:]]
+    ends = [part.cuts[-1] for part in pruned]
     assert ends == list(recipe.budgets) if recipe.budgets else ends[-1] == 100_000
 
 
@@ -200,6 +204,35 @@ def test_longer_recipes_write_a_results_row(tiny, tmp_path, monkeypatch):
         record = json.loads((tmp_path / "runs" / row["name"] / "run.json").read_text())
         accuracy = record["stages"][-1]["test_accuracy"]
         assert row["pruned_test"] == f"{accuracy:.4f}"
+
+
+def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    recipe = replace(train.RECIPES["quick"], teacher=None)
+    monkeypatch.setitem(train.RECIPES, "self", recipe)
+    taught = []
+    fit = loop.fit
+
+    def watched(part, model, teacher, *args, **options):
+        taught.append((part.name, teacher))
+        return fit(part, model, teacher, *args, **options)
+
+    monkeypatch.setattr(loop, "fit", watched)
+    assert train.main([*tiny[1:], "--recipe", "self"]) == 0
+    folder = tmp_path / "runs" / "self-seed0"
+    assert not (folder / "teacher.pth").exists()
+    assert [name for name, _ in taught] == ["student", "pruned", "pruned"]
+    assert taught[0][1] is None and taught[1][1] is taught[2][1]
+    dense = rewrite.frozen(
+        checkpoint.load(folder / "student.pth")[0], torch.device("cpu"), False, 28
+    )
+    assert equal(taught[1][1].state_dict().values(), dense.state_dict().values())
+    (row,) = read_rows(tmp_path / "results.csv")
+    stages = json.loads((folder / "run.json").read_text())["stages"]
+    assert row["teacher_test"] == "" and row["pruned_test"] == f"{stages[-1]['test_accuracy']:.4f}"
+    assert row["student_test"] == f"{stages[0]['test_accuracy']:.4f}"
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("stem", [2, 1])
