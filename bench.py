@@ -1,6 +1,6 @@
 """Every speed figure of the README, measured side by side on this machine.
 
-    uv run --group bench bench.py                   # 5 minutes on 2 cores
+    uv run --group bench bench.py                   # 6 minutes on 2 cores
     uv run --group bench bench.py --only predict    # 2 minutes
 
 Prints a table for each part and ends with one line of JSON. What is compared runs in turns, so that
@@ -46,7 +46,8 @@ import train
 WEIGHTS = Path(__file__).resolve().parent / "pruned_resnet18.pth"
 BATCHES = (1, 32, 256, 1024)
 WAY_BATCHES = (1, 256)
-PARTS = ("train", "files", "predict", "ways", "shared")
+PARTS = ("train", "files", "bits", "predict", "ways", "start", "shared")
+BITS = (32, 16, 8, 7, 6, 5, 4, 3)
 ROUNDS = 5  # of all that is compared, in turns
 SECONDS = 0.3  # at least, that each is run in a round
 
@@ -399,6 +400,61 @@ def files(weights: Path) -> Figures:
     return results
 
 
+@torch.inference_mode()
+def bits(weights: Path, source: data.Source) -> Figures:
+    """Weights of fewer bits: bytes of the file, predictions that change, test accuracy."""
+    model, meta = checkpoint.load(weights)
+    images_u8, labels = data.load(source, "test")
+    results, expected = Figures(), models.infer(model, images_u8).argmax(1)
+    print(f"\n{'bits':>6}{'kB':>8}{'changed':>10}{'test accuracy':>16}")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "bits.pth"
+        for n in BITS:
+            checkpoint.save(path, model, meta, n)
+            logits = models.infer(checkpoint.load(path)[0], images_u8)
+            row = {
+                "bytes": path.stat().st_size,
+                "changed": int((logits.argmax(1) != expected).sum()),
+                "of": len(labels),
+                "percent": 100 * models.accuracy(logits, labels),
+            }
+            for name, figure in row.items():
+                results.add([figure], str(n), name, digits=2 * (name == "percent"))
+            print(f"{n:>6}{row['bytes'] / 1000:>8,.0f}{row['changed']:>10}{row['percent']:>15.2f}%")
+    return results
+
+
+# --- the start of a process ---------------------------------------------------------------------
+
+
+def start(weights: Path, source: data.Source) -> Figures:
+    """Seconds of whole processes: Python with PyTorch, an engine's first answer, predict.py."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = str(Path(scratch) / "out.csv")
+        first = (
+            f"import torch, checkpoint, sparse; model, _ = checkpoint.load({str(weights)!r}); "
+            "sparse.SparseResNet(model, 28)(torch.zeros(1, 3, 28, 28))"
+        )
+        flags = ["-w", str(weights), "--data", str(source.path), "-o", output]
+        commands = {
+            "torch": ["-c", "import torch"],
+            "first answer": ["-c", first],
+            "predict.py": ["predict.py", *flags],
+        }
+
+        def run(arguments: list[str]) -> None:
+            command = [sys.executable, *arguments]
+            subprocess.run(command, cwd=WEIGHTS.parent, stdout=subprocess.DEVNULL, check=True)
+
+        runs = {name: lambda a=arguments: run(a) for name, arguments in commands.items()}
+        results = Figures()
+        print(f"\n{'process':36}{'s':>8}")
+        for name, seconds in alternate(runs, seconds=0, rounds=min(ROUNDS, 3)).items():
+            results.add(seconds, name, digits=1)
+            print(f"{name:36}{results.medians[name]:>8.1f}")
+    return results
+
+
 # --- a machine that is shared ---------------------------------------------------------------------
 
 
@@ -479,6 +535,8 @@ def main(argv: list[str] | None = None) -> int:
             "predict": lambda: predict(args.weights, source, device),
             "train": lambda: training(source, device),
             "files": lambda: files(args.weights),
+            "bits": lambda: bits(args.weights, source),
+            "start": lambda: start(args.weights, source),
             "ways": lambda: ways(args.weights, source),
             "shared": shared,
         }[args.only]()

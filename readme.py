@@ -95,7 +95,9 @@ def tables() -> dict[str, str]:
         "speed": "\n".join(speed_tables(measured)),
         "ways": "\n".join(ways_table(measured["ways"])),
         "shared": "\n".join(shared_table(measured["shared"])),
+        "bits": "\n".join(bits_table(measured["bits"])),
         "serving": "\n".join(serving_table(measured["ways"])),
+        "start": "\n".join(start_table(measured["start"])),
     }
 
 
@@ -121,6 +123,30 @@ def ways_table(measured: dict) -> list[str]:
         figures = f"{row['bytes'] / 1000:,.0f} | {needs} | {row['1']:,.0f} | {row['256']:,.0f}"
         lines.append(f"| {title} | {figures} | {row['equal']:,.0f} of {row['of']:,.0f} |")
     return lines
+
+
+def bits_table(measured: dict) -> list[str]:
+    """What weights of fewer bits cost."""
+    (of,) = {row["of"] for row in measured.values()}
+    lines = [
+        f"| bits | kB | predictions that change, of {of:,} | test accuracy |",
+        "|---|---|---|---|",
+    ]
+    for bits, row in measured.items():
+        figures = f"{row['bytes'] / 1000:,.0f} | {row['changed']:,} | {row['percent']:.2f}%"
+        lines.append(f"| {bits} | {figures} |")
+    return lines
+
+
+def start_table(measured: dict) -> list[str]:
+    """What the start of a process costs."""
+    titles = {
+        "torch": "Python, `import torch`",
+        "first answer": "`checkpoint.load`, an engine, its first answer",
+        "predict.py": "`predict.py`, 10,000 images",
+    }
+    lines = ["| a process, from its start to its end | seconds |", "|---|---|"]
+    return lines + [f"| {title} | {measured[name]:.1f} |" for name, title in titles.items()]
 
 
 def shared_table(measured: dict) -> list[str]:

@@ -9,10 +9,11 @@ import bench
 import export
 import train
 
-SHARED = pytest.param("shared", marks=pytest.mark.slow)  # real seconds beside a busy process
+SLOW = ("shared", "start")  # real seconds of other processes
+MARKED = [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in bench.PARTS]
 
 
-@pytest.mark.parametrize("part", [*(part for part in bench.PARTS if part != "shared"), SHARED])
+@pytest.mark.parametrize("part", MARKED)
 def test_the_last_line_is_json_with_a_figure_for_each(
     part, wide, tiny_data, shipped_like, monkeypatch, capsys
 ):
@@ -20,6 +21,7 @@ def test_the_last_line_is_json_with_a_figure_for_each(
     monkeypatch.setitem(sys.modules, "openvino", None)  # tests that train come after this one
     monkeypatch.setattr(bench, "BATCHES", (1, 5))
     monkeypatch.setattr(bench, "WAY_BATCHES", (1, 5))
+    monkeypatch.setattr(bench, "BITS", (32, 16, 4))
     monkeypatch.setattr(bench, "ROUNDS", 2)
     monkeypatch.setattr(bench, "SECONDS", 0)
     flags = ["--only", part, "-w", str(shipped_like), "--data", str(tiny_data), "--device", "cpu"]
@@ -38,6 +40,14 @@ def test_the_last_line_is_json_with_a_figure_for_each(
     if part == "shared":
         busy = {policy: results["shared"][policy]["busy"]["step"] for policy in ("ours", "default")}
         assert 0 < busy["ours"] < busy["default"]
+    if part == "bits":
+        rows = results["bits"]
+        assert list(rows) == ["32", "16", "4"]
+        assert rows["32"]["bytes"] == shipped_like.stat().st_size and rows["32"]["changed"] == 0
+        sizes = [row["bytes"] for row in rows.values()]
+        assert sizes == sorted(sizes, reverse=True)
+    if part == "start":
+        assert 0 < results["start"]["torch"] < results["start"]["first answer"]
     if part == "ways":
         found = results["ways"]
         assert found["sparse"]["bytes"] == shipped_like.stat().st_size
