@@ -44,9 +44,10 @@ import sparse
 import train
 
 WEIGHTS = Path(__file__).resolve().parent / "pruned_resnet18.pth"
+SHIPPED = sorted(WEIGHTS.parent.glob("pruned_resnet18*.pth"))
 BATCHES = (1, 32, 256, 1024)
 WAY_BATCHES = (1, 256)
-PARTS = ("train", "files", "bits", "predict", "ways", "start", "shared")
+PARTS = ("train", "files", "bits", "predict", "shipped", "ways", "start", "shared")
 BITS = (32, 16, 8, 7, 6, 5, 4, 3)
 ROUNDS = 5  # of all that is compared, in turns
 SECONDS = 0.3  # at least, that each is run in a round
@@ -242,6 +243,27 @@ def ways(weights: Path, source: data.Source) -> Figures:
         size = f"{row['bytes'] / 1000:,.0f}" if "bytes" in row else ""
         rates = [f"{row[str(n)]:,.0f}" for n in WAY_BATCHES]
         print(f"{name:14}{size:>10}{row.get('equal', ''):>8}{rates[0]:>10}{rates[-1]:>11}")
+    return results
+
+
+def shipped() -> Figures:
+    """Multiply-adds, and images per second of `sparse.py`, of the weights in this repository."""
+    results, engines = Figures(), {}
+    for path in SHIPPED:
+        model, meta = checkpoint.load(path)
+        engines[path.name] = sparse.SparseResNet(model, meta["image_size"])
+        results.add([engines[path.name].many.multiply_adds], path.name, "multiply_adds")
+    images = torch.randn(max(WAY_BATCHES), 3, 28, 28)
+    images[:, 1:] = images[:, :1]
+    for n in WAY_BATCHES:
+        batch = images[:n].clone()
+        runs = {name: lambda e=engine, batch=batch: e(batch) for name, engine in engines.items()}
+        for name, seconds in alternate(runs).items():
+            results.add([n / s for s in seconds], name, str(n))
+    print(f"\n{'weights':28}{'multiply-adds':>14}{'batch 1':>10}{'batch 256':>11}")
+    for name, row in results.medians.items():
+        rates = [f"{row[str(n)]:,.0f}" for n in WAY_BATCHES]
+        print(f"{name:28}{row['multiply_adds']:>14,}{rates[0]:>10}{rates[-1]:>11}")
     return results
 
 
@@ -537,6 +559,7 @@ def main(argv: list[str] | None = None) -> int:
             "files": lambda: files(args.weights),
             "bits": lambda: bits(args.weights, source),
             "start": lambda: start(args.weights, source),
+            "shipped": shipped,
             "ways": lambda: ways(args.weights, source),
             "shared": shared,
         }[args.only]()

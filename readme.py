@@ -26,7 +26,7 @@ import train
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results.csv", HERE / "README.md"
-SHIPPED = HERE / "pruned_resnet18.pth"
+SHIPPED = (HERE / "pruned_resnet18.pth",)
 
 
 def result_rows() -> list[dict[str, str]]:
@@ -34,52 +34,31 @@ def result_rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def shipped_row() -> dict[str, str]:
-    """The row of results.csv that the shipped weights come from."""
-    meta = checkpoint.load(SHIPPED)[1]
-    (row,) = [
-        row
-        for row in result_rows()
-        if (row["recipe"], row["stem"], row["seed"])
-        == (meta["recipe"], str(meta["stem"]), str(meta["seed"]))
-        and row["pruned_val"] == f"{meta['val_accuracy']:.4f}"
-    ]
+def seeds_of(weights: Path) -> list[dict[str, str]]:
+    """The rows of results.csv of the recipe and stem of a weights file."""
+    meta = checkpoint.load(weights)[1]
+    recipe_and_stem = (meta["recipe"], str(meta["stem"]))
+    return [row for row in result_rows() if (row["recipe"], row["stem"]) == recipe_and_stem]
+
+
+def row_of(weights: Path) -> dict[str, str]:
+    """The row of results.csv that a weights file comes from."""
+    meta = checkpoint.load(weights)[1]
+    key = str(meta["seed"]), f"{meta['val_accuracy']:.4f}"
+    (row,) = [row for row in seeds_of(weights) if (row["seed"], row["pruned_val"]) == key]
     return row
 
 
 def mean_and_spread(percent: list[float]) -> str:
-    """Mean ± standard deviation, the latter unless all are the same (seeds can share a teacher)."""
+    """Mean ± standard deviation, the latter if there are several."""
     spread = f" ± {statistics.stdev(percent):.2f}" if len(set(percent)) > 1 else ""
     return f"{statistics.mean(percent):.2f}{spread}%"
 
 
 def tables() -> dict[str, str]:
     """The README's generated parts, by the name in the comment before them."""
-    results = [
-        "| run | teacher, val / test | student | **100,000 parameters** | |",
-        "|---|---|---|---|---|",
-    ]
-    same = shipped_row()
-    rows = [row for row in result_rows() if all(row[k] == same[k] for k in ("recipe", "stem"))]
-    for row in rows:
-        figures = [
-            " / ".join(f"{float(row[f'{stage}_{part}']):.2%}" for part in ("val", "test"))
-            for stage in train.STAGES
-        ]
-        run = f"`--recipe {row['recipe']} --seed {row['seed']}`"
-        where = f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
-        results.append(f"| {run} | {' | '.join(figures)} | {where} |")
-    if len(rows) > 1:
-        figures = [
-            " / ".join(
-                mean_and_spread([100 * float(row[f"{stage}_{part}"]) for row in rows])
-                for part in ("val", "test")
-            )
-            for stage in train.STAGES
-        ]
-        results.append(f"| mean ± standard deviation | {' | '.join(figures)} | |")
     measured = json.loads((HERE / "bench.json").read_text())
-    model, _ = checkpoint.load(SHIPPED)
+    model, _ = checkpoint.load(SHIPPED[0])
     summary = torchinfo.summary(prune.masked(model), (1, 3, 28, 28), verbose=0)
     layers = ["| layer | parameters | of |", "|---|---|---|"]
     for name, weight in prune.weights(model).items():
@@ -89,7 +68,8 @@ def tables() -> dict[str, str]:
     layers.append(f"| **Total params** | **{summary.total_params:,}** | 11,181,642 |")
     layers.append(f"| Total mult-adds (M) | {summary.total_mult_adds / 1e6:.2f} | |")
     return {
-        "results": "\n".join(results),
+        "results": "\n".join(results_table(measured["shipped"])),
+        "runs": "\n".join(runs_table()),
         "layers": "\n".join(layers),
         "sizes": "\n".join(sizes_table()),
         "speed": "\n".join(speed_tables(measured)),
@@ -99,6 +79,51 @@ def tables() -> dict[str, str]:
         "serving": "\n".join(serving_table(measured["ways"])),
         "start": "\n".join(start_table(measured["start"])),
     }
+
+
+def results_table(measured: dict) -> list[str]:
+    """What is shipped: accuracy over the seeds, and what the network costs to run and to train."""
+    lines = [
+        "| weights | test accuracy | validation | multiply-adds | images/s, one by one | batches "
+        "| kB | training |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in SHIPPED:
+        rows, speed = seeds_of(path), measured[path.name]
+        test, val = (
+            mean_and_spread([100 * float(row[f"pruned_{split}"]) for row in rows])
+            for split in ("test", "val")
+        )
+        seeds = f"{len(rows)} seed{'s' * (len(rows) > 1)}"
+        minutes = statistics.median(float(row["minutes"]) for row in rows)
+        flags = "" if rows[0]["recipe"] == "cpu" else f" --recipe {rows[0]['recipe']}"
+        flags += "" if rows[0]["stem"] == "4" else f" --stem {rows[0]['stem']}"
+        rates = f"{speed['multiply_adds'] / 1e6:.2f} M | {speed['1']:,.0f} | {speed['256']:,.0f}"
+        lines.append(
+            f"| `{path.name}` | **{test}** ({seeds}) | {val} | {rates} "
+            f"| {path.stat().st_size / 1000:,.0f} | `train.py{flags}`, {minutes:.0f} minutes |"
+        )
+    return lines
+
+
+def runs_table() -> list[str]:
+    """Each run behind the weights that are shipped, validation / test."""
+    lines = ["| run | teacher | student | **100,000 parameters** | |", "|---|---|---|---|---|"]
+    for path in SHIPPED:
+        rows = seeds_of(path)
+        for row in rows:
+            figures = [
+                " / ".join(
+                    f"{float(row[f'{stage}_{split}']):.2%}" if row[f"{stage}_{split}"] else "-"
+                    for split in ("val", "test")
+                )
+                for stage in train.STAGES
+            ]
+            stem = "" if row["stem"] == "4" else f" --stem {row['stem']}"
+            run = f"`--recipe {row['recipe']}{stem} --seed {row['seed']}`"
+            where = f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
+            lines.append(f"| {run} | {' | '.join(figures)} | {where} |")
+    return lines
 
 
 WAYS = {  # what bench.py calls it: the file, what it needs

@@ -6,9 +6,9 @@
 Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
 (ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
 on). A recipe can do without a teacher: then the student learns from labels, and teaches what is
-left of it. All that a run leaves is in runs/<name>/; the same command goes on with a run that was stopped.
-Validation images, held out of the training set, choose the epoch; test is measured once, at the
-end.
+left of it. All that a run leaves is in runs/<name>/; the same command goes on with a run that was
+stopped. Validation images, held out of the training set, choose the epoch; test is measured once,
+at the end.
 """
 
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
@@ -56,14 +56,12 @@ RECIPES = {
             for epochs, cuts in ((14, 10), (14, 10), (32, 8))
         ),
     ),
-    # Without a ResNet50: the dense student learns from labels alone, and teaches its pruned self. For
-    # `--stem 2`, where a ResNet50 costs two hours more.
+    # Without a ResNet50, which costs two hours more with `--stem 2`: the dense student learns from
+    # labels alone, and teaches its pruned self.
     "self": Recipe(
         teacher=None,
         student=Stage(18, **_SGD, **_KD),
-        pruned=tuple(
-            Stage(epochs, **_KD, cuts=cuts) for epochs, cuts in ((4, 3), (6, 4), (14, 5))
-        ),
+        pruned=tuple(Stage(epochs, **_KD, cuts=cuts) for epochs, cuts in ((4, 3), (6, 4), (14, 5))),
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
     ),

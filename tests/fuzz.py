@@ -1,9 +1,9 @@
-"""Hostile and broken files against predict.py: `uv run tests/fuzz.py` (1,000 weights files and 300
-files of images, 15 minutes on two cores).
+"""Hostile and broken files against predict.py: `uv run tests/fuzz.py` (1,000 weights files, 300
+files of images and 300 pairs of outputs, 20 minutes on two cores).
 
-Each file must end in a valid prediction or in one line on stderr and exit code 2: no traceback, no
-code run, no output harmed, no memory beyond 2 GB. Prints a table; ends with 1 otherwise.
-`tests/test_fuzz.py` runs a short version.
+Each must end in a valid prediction or in one line on stderr and exit code 2: no traceback, no code
+run, nothing harmed that was not asked to be written, no memory beyond 2 GB. Prints a table; ends
+with 1 otherwise. `tests/test_fuzz.py` runs a short version.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import sys
 import tempfile
 import traceback
@@ -119,6 +120,30 @@ def odd_tensor(rng: random.Random) -> torch.Tensor:
     )
 
 
+def altered(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Nearly what it was: another dtype, shape, layout or range."""
+    change = rng.choice(
+        [
+            torch.Tensor.double,
+            torch.Tensor.half,
+            torch.Tensor.bool,
+            torch.Tensor.flatten,
+            torch.Tensor.to_sparse,
+            lambda t: t.float() * 1e38 * 1e38,
+            lambda t: t[..., :1],
+            lambda t: t[..., :1].expand(t.shape),
+            lambda t: t.unsqueeze(0),
+            lambda t: t.transpose(0, -1),
+            lambda t: torch.cat([t, t]),
+            lambda t: t.to("meta"),
+        ]
+    )
+    try:
+        return change(tensor)
+    except (RuntimeError, IndexError, NotImplementedError):  # of no dimension, or odd already
+        return tensor
+
+
 def odd_value(rng: random.Random) -> object:
     return rng.choice([None, -1, 0, 10**30, 1.5, "", "resnet18", [], {}, True, [1] * 10, "x" * 999])
 
@@ -129,7 +154,7 @@ def restructure(content: bytes, rng: random.Random) -> bytes:
     place = data.get("state_dict", data)
     for _ in range(rng.choice([1, 1, 3])):
         key, other = (rng.choice(list(place)) for _ in range(2))
-        change = rng.randrange(6)
+        change = rng.randrange(8)
         if change == 0:
             place[key], place[other] = place[other], place[key]
         elif change == 1:
@@ -145,6 +170,10 @@ def restructure(content: bytes, rng: random.Random) -> bytes:
                 gaps = checkpoint._unpack(data["gaps"], torch.uint16, 10**6).int()
                 gaps[rng.randrange(len(gaps))] = rng.choice([0, 65535, 65534])
                 data["gaps"] = checkpoint._pack(gaps.to(torch.uint16))
+        elif change == 6 and isinstance(place.get(key), torch.Tensor):
+            place[key] = altered(place[key], rng)
+        elif change == 7:  # as wrapped modules, other versions or strangers name them
+            place[rng.choice(["module.", "model.", "", "x"]) + other] = place.pop(key, None)
         if not place:
             break
     file = io.BytesIO()
@@ -206,6 +235,65 @@ def lie(content: bytes, rng: random.Random) -> bytes:
 
 IMAGE_MUTATIONS: dict[Callable, int] = {flip: 40, truncate: 20, splice: 20, lie: 15, nonsense: 5}
 
+# --- outputs ------------------------------------------------------------------------------------
+
+
+def make_places(home: Path, weights: Path, images: Path) -> list[str]:
+    """Files, links and folders in the new folder `home`; returns what -o and --show may be told."""
+    (home / "folder").mkdir(parents=True)
+    (home / "file").write_text("precious")
+    (home / "link").symlink_to("file")
+    (home / "link-to-link").symlink_to(home / "link")
+    (home / "dangling").symlink_to("absent")
+    (home / "circle").symlink_to("circle")
+    (home / "to-weights").symlink_to(weights)
+    (home / "to-folder").symlink_to("folder")
+    os.link(weights, home / "hard")
+    places = [str(path) for path in home.iterdir()]
+    places += [str(weights), str(images), f"{home}/folder/../../{weights.name}"]
+    places += [f"{home}/new", f"{home}/no/folder", f"{home}/file/within", f"{home}/{'x' * 300}"]
+    return [*places, f"{home}/to-folder/new", "/dev/null", "/dev/full", ""]
+
+
+def contents(*roots: Path) -> dict[str, object]:
+    """All that lies under `roots`: the bytes of files, the targets of links."""
+    found: dict[str, object] = {}
+    for root in roots:
+        for path in [root, *root.rglob("*")]:
+            if path.is_symlink():
+                found[str(path)] = os.readlink(path)
+            else:
+                found[str(path)] = "folder" if path.is_dir() else path.read_bytes()
+    return found
+
+
+def write_to(flags: list[str], places: list[str], roots: tuple[Path, ...]) -> str:
+    """What came of predictions, and perhaps a picture, written to `places`; as `attempt`."""
+    before, targets = contents(*roots), [os.path.realpath(place) for place in places]
+    for flag, place in zip(("-o", "--show"), places, strict=False):
+        flags = [*flags, flag, place]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = predict.main(flags)
+    except BaseException:
+        return f"{places}: traceback: {traceback.format_exc()}"
+    after = contents(*roots)
+    changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
+    if not Path("/dev/null").is_char_device():
+        return f"{places}: /dev/null is a device no more"
+    if code == 0:
+        if changed - set(targets):
+            return f"{places}: also written {sorted(changed - set(targets))}"
+        csv = after.get(targets[0], b"id,pred\n")  # a device keeps nothing
+        return "predicted" if csv.startswith(b"id,pred\n") else f"{places}: no prediction"
+    if code != 2 or err.getvalue().count("\n") != 1:
+        return f"{places}: exit code {code}, stderr {err.getvalue()!r}"
+    if "/dev/full" in places[1:]:  # nobody can know before; the predictions are there
+        changed -= {targets[0]}
+    return f"{places}: refused, yet written {sorted(changed)}" if changed else "refused"
+
+
 # --- trial --------------------------------------------------------------------------------------
 
 
@@ -227,7 +315,9 @@ def attempt(flags: list[str], output: Path) -> str:
     return "refused" if output.read_text() == "precious" else "output harmed"
 
 
-def trial(folder: Path, n_weights: int, n_images: int, seed: int) -> dict[str, dict[str, int]]:
+def trial(
+    folder: Path, n_weights: int, n_images: int, n_outputs: int, seed: int
+) -> dict[str, dict[str, int]]:
     """Counts of outcomes; what went wrong is printed. Must run in an empty current folder."""
     rng, table = random.Random(seed), {}
     good, output = folder / "good.pth", folder / "out.csv"
@@ -252,6 +342,16 @@ def trial(folder: Path, n_weights: int, n_images: int, seed: int) -> dict[str, d
                 print(f"{title} {i} ({name}, {mutate.__name__}): {outcome}", file=sys.stderr)
                 outcome = "failed"
             counts[outcome] += 1
+    counts = table["outputs"] = {"predicted": 0, "refused": 0, "failed": 0}
+    for i in range(n_outputs):
+        home = folder / f"outputs{i}"
+        places = rng.choices(make_places(home, good, images), k=rng.choice([1, 1, 2]))
+        outcome = write_to(["-w", str(good), str(images)], places, (home, good, images))
+        if outcome not in counts:
+            print(f"outputs {i}: {outcome}", file=sys.stderr)
+            outcome = "failed"
+        counts[outcome] += 1
+        shutil.rmtree(home)
     return table
 
 
@@ -259,11 +359,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Throw broken files at predict.py.")
     parser.add_argument("--weights", type=int, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--images", type=int, default=300, metavar="N", help="default 300")
+    parser.add_argument("--outputs", type=int, default=300, metavar="N", help="default 300")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
-        table = trial(Path(name), args.weights, args.images, args.seed)
+        table = trial(Path(name), args.weights, args.images, args.outputs, args.seed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print(
         "| files | tried | predicted | refused in one line | anything else |\n|---|---|---|---|---|"

@@ -21,6 +21,7 @@ def test_the_last_line_is_json_with_a_figure_for_each(
     monkeypatch.setitem(sys.modules, "openvino", None)  # tests that train come after this one
     monkeypatch.setattr(bench, "BATCHES", (1, 5))
     monkeypatch.setattr(bench, "WAY_BATCHES", (1, 5))
+    monkeypatch.setattr(bench, "SHIPPED", [shipped_like])
     monkeypatch.setattr(bench, "BITS", (32, 16, 4))
     monkeypatch.setattr(bench, "ROUNDS", 2)
     monkeypatch.setattr(bench, "SECONDS", 0)
@@ -46,6 +47,9 @@ def test_the_last_line_is_json_with_a_figure_for_each(
         assert rows["32"]["bytes"] == shipped_like.stat().st_size and rows["32"]["changed"] == 0
         sizes = [row["bytes"] for row in rows.values()]
         assert sizes == sorted(sizes, reverse=True)
+    if part == "shipped":
+        row = results["shipped"][shipped_like.name]
+        assert row["1"] > 0 and row["5"] > 0 and row["multiply_adds"] < 10_000_000
     if part == "start":
         assert 0 < results["start"]["torch"] < results["start"]["first answer"]
     if part == "ways":

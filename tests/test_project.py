@@ -23,19 +23,21 @@ import readme  # noqa: E402
 import record  # noqa: E402
 import train  # noqa: E402
 
-SHIPPED = ROOT / "pruned_resnet18.pth"
+SHIPPED, *_ = readme.SHIPPED
 
 
 @pytest.mark.parametrize(
-    "name", ["results", "sizes", "layers", "speed", "ways", "shared", "serving"]
+    "name",
+    ["results", "runs", "sizes", "layers", "speed", "ways", "bits", "shared", "serving", "start"],
 )
 def test_the_readmes_tables_are_the_programs(name):
     assert readme.part((ROOT / "README.md").read_text(), name)[2] == readme.tables()[name]
 
 
-def test_the_shipped_weights_are_what_they_say():
-    model, meta = checkpoint.load(SHIPPED)
-    assert SHIPPED.stat().st_size <= 450_000
+@pytest.mark.parametrize("path", readme.SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_weights_are_what_they_say(path):
+    model, meta = checkpoint.load(path)
+    assert path.stat().st_size <= 450_000
     assert meta["arch"] == "resnet18" and meta["budget"] == 100_000
     assert prune.count(model) == 100_000
     masks = {name: weight != 0 for name, weight in prune.weights(model).items()}
@@ -44,11 +46,12 @@ def test_the_shipped_weights_are_what_they_say():
 
 
 @pytest.mark.skipif(not data.DEBIAN_DIR.exists(), reason="needs the images, and fetches none")
-def test_the_shipped_weights_reach_the_accuracy_in_the_results():
-    model, _ = checkpoint.load(SHIPPED)
+@pytest.mark.parametrize("path", readme.SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_weights_reach_the_accuracy_in_the_results(path):
+    model, _ = checkpoint.load(path)
     images, labels = data.load(data.find(data.DEBIAN_DIR), "test")
     accuracy = models.accuracy(models.infer(model, images), labels)
-    assert f"{accuracy:.4f}" == readme.shipped_row()["pruned_test"]
+    assert f"{accuracy:.4f}" == readme.row_of(path)["pruned_test"]
 
 
 def test_both_environments_list_the_same_dependencies():
