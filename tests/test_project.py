@@ -64,7 +64,7 @@ def test_both_environments_list_the_same_dependencies():
     names = {"pytorch": "torch"}  # conda-forge's name: PyPI's
     conda = {re.sub(r"^[a-z]+", lambda m: names.get(m[0], m[0]), entry) for entry in conda}
     python = {entry for entry in conda if re.match("python[^a-z]", entry)}
-    tools = {"pytest", "ruff"}
+    tools = {"pytest", "pytest-xdist", "ruff"}
     assert len(python) == 1 and tools <= conda
     assert conda - python - tools == pip
     (pip_python,) = re.findall(r'requires-python = "([^"]+)"', project)
