@@ -25,6 +25,7 @@ import models
 import parallel
 import prune
 import rewrite
+import sparsegrad
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 PLAIN = 0.25  # share of the epochs, the last: whole images, mirrored at random, but not mixed
@@ -194,6 +195,9 @@ class Network:
             self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / UPDATES), use_buffers=True
         )
         self.masks: prune.Masks | None = None
+        self.sparse: sparsegrad.SparseForward | None = (
+            None  # the model without its zeros, if faster
+        )
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[stage.optimizer]
         extra = {"momentum": 0.9, "nesterov": True} if stage.optimizer == "sgd" else {}
         self.optimizer = kind(
@@ -206,11 +210,14 @@ class Network:
 
     def set_masks(self, masks: prune.Masks) -> None:
         """From now on, only these weights are not zero, in the average as well."""
+        changed = masks is not self.masks
         self.masks = masks
         weights = prune.weights(self.model)
         self._masked = [(weights[name], mask.to(weights[name])) for name, mask in masks.items()]
         prune.apply_(self.model, masks)
         prune.apply_(self.average.module, masks)
+        if changed and parallel.processes() == 1:
+            self.sparse = sparsegrad.pays(self.model, self.setup.image_size)
 
     def cut(self, budget: int, images: Iterable[Tensor]) -> None:
         """Prune to `budget`, refresh BatchNorm's statistics on `images`, restart the average."""
@@ -232,8 +239,9 @@ class Network:
         """
         stage = self.stage
         images, targets = parallel.share(images), parallel.share(targets)
+        whole = self.sparse is not None and len(images) % self.sparse.images == 0
         with self.setup.autocast():
-            logits = self.trained(images)
+            logits = (self.sparse if whole else self.trained)(images)
         if teacher is not None:
             with torch.no_grad():
                 teacher_logits = teacher(images.to(teacher.fc.weight.dtype))
@@ -245,6 +253,9 @@ class Network:
             )
         self.optimizer.zero_grad()
         loss.backward()
+        if self.masks is not None:  # what was pruned must not decide how much is clipped
+            for weight, mask in self._masked:
+                weight.grad.mul_(mask)
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -98,6 +98,54 @@ class Product:
     unroll: int = 1  # weights at a time; rows are filled up with zeros
 
 
+def _vectors(
+    source: Map, target: Map, step: int, positions: int
+) -> list[tuple[int, int, list[int]]]:
+    """As few vectors as cover all positions of `target`, which are `step` apart in `source`."""
+    vectors: list[tuple[int, int, list[int]]] = []
+    for y, x in itertools.product(range(target.size), repeat=2):
+        read, written = (y * source.side + x) * step, target.at(y, x)
+        if vectors and read - vectors[-1][0] == written - vectors[-1][1] < positions:
+            vectors[-1][2].append(read - vectors[-1][0])
+        else:
+            vectors.append((read, written, [0]))
+    return vectors
+
+
+def product(
+    name: str,
+    weight: Tensor,
+    bias: Tensor,
+    source: Map,
+    target: Map,
+    stride: int,
+    padding: int,
+    positions: int = 1,
+    **options,
+) -> Product:
+    """A convolution with `weight` (O, C, K, K) from `source` to `target`, in vectors of at most
+    `positions`."""
+    vectors = _vectors(source, target, stride // source.phases, positions)
+    # With few vectors a register would wait for its own last sum: several sums take turns.
+    unroll = 4 if len(vectors) == 1 else 2 if len(vectors) <= 4 else 1
+    kernel = weight.shape[-1]
+    low, high = rewrite.live_taps(source.size, kernel, stride, padding)
+    live = torch.zeros_like(weight)
+    live[:, :, low:high, low:high] = weight[:, :, low:high, low:high]
+    o, c, ky, kx = live.nonzero(as_tuple=True)
+    counts = torch.bincount(o, minlength=len(weight))
+    first = torch.cat([torch.zeros(1).long(), (-(-counts // unroll) * unroll).cumsum(0)])
+    place = first[o] + torch.arange(len(o)) - (counts.cumsum(0) - counts)[o]
+    span = range(kernel)
+    within = torch.tensor([[source.at(y - padding, x - padding) for x in span] for y in span])
+    taps = within[low, low].repeat(int(first[-1]))  # of the zeros that fill up a row
+    taps[place] = c * source.stride + within[ky, kx]
+    values = torch.zeros(len(taps))
+    values[place] = live[o, c, ky, kx]
+    rows = first.int(), taps.int(), values, bias.clone()
+    return Product(name, source, target, vectors, *rows, unroll=unroll, **options)
+
+
 def _size(size: int, layer: nn.Conv2d | nn.MaxPool2d) -> int:
     """Side of the map behind `layer`."""
     kernel, stride, padding = (
@@ -145,17 +193,6 @@ class Plan:
         self.cells += channels * new.stride
         return new
 
-    def _vectors(self, source: Map, target: Map, step: int) -> list[tuple[int, int, list[int]]]:
-        """As few vectors as cover all positions of `target`, which are `step` apart in `source`."""
-        vectors: list[tuple[int, int, list[int]]] = []
-        for y, x in itertools.product(range(target.size), repeat=2):
-            read, written = (y * source.side + x) * step, target.at(y, x)
-            if vectors and read - vectors[-1][0] == written - vectors[-1][1] < self.positions:
-                vectors[-1][2].append(read - vectors[-1][0])
-            else:
-                vectors.append((read, written, [0]))
-        return vectors
-
     def _product(
         self,
         name: str,
@@ -167,37 +204,8 @@ class Plan:
         padding: int,
         **options,
     ) -> None:
-        """Add a convolution with `weight` (O, C, K, K) from `source` to `target`."""
-        vectors = self._vectors(source, target, stride // source.phases)
-        # With few vectors a register would wait for its own last sum: several sums take turns.
-        unroll = 4 if len(vectors) == 1 else 2 if len(vectors) <= 4 else 1
-        kernel = weight.shape[-1]
-        low, high = rewrite.live_taps(source.size, kernel, stride, padding)
-        live = torch.zeros_like(weight)
-        live[:, :, low:high, low:high] = weight[:, :, low:high, low:high]
-        o, c, ky, kx = live.nonzero(as_tuple=True)
-        counts = torch.bincount(o, minlength=len(weight))
-        first = torch.cat([torch.zeros(1).long(), (-(-counts // unroll) * unroll).cumsum(0)])
-        place = first[o] + torch.arange(len(o)) - (counts.cumsum(0) - counts)[o]
-        span = range(kernel)
-        within = torch.tensor([[source.at(y - padding, x - padding) for x in span] for y in span])
-        taps = within[low, low].repeat(int(first[-1]))  # of the zeros that fill up a row
-        taps[place] = c * source.stride + within[ky, kx]
-        values = torch.zeros(len(taps))
-        values[place] = live[o, c, ky, kx]
-        product = Product(
-            name,
-            source,
-            target,
-            vectors,
-            first.int(),
-            taps.int(),
-            values,
-            bias.clone(),
-            unroll=unroll,
-            **options,
-        )
-        self.products.append(product)
+        args = weight, bias, source, target, stride, padding, self.positions
+        self.products.append(product(name, *args, **options))
 
     def _conv(self, name: str, conv: nn.Conv2d, source: Map, target: Map, **options) -> None:
         stride, padding = conv.stride[0], conv.padding[0]

@@ -8,6 +8,7 @@ import torch
 from test_project import SHIPPED
 
 import checkpoint
+import llvmsource
 import models
 import plan
 import prune
@@ -76,7 +77,7 @@ def test_dead_channels_and_empty_layers(resnet18):
 def test_narrow_vectors_and_few_registers_compute_the_same(resnet18, monkeypatch):
     prune_to(resnet18, 50_000)
     for lanes, registers in ((8, 16), (4, 32), (4, 16)):
-        monkeypatch.setattr(sparse, "_host", lambda host=(lanes, registers): host)
+        monkeypatch.setattr(llvmsource, "host", lambda host=(lanes, registers): host)
         engine = sparse.SparseResNet(resnet18, 28)
         assert differs(engine, resnet18, images(21)) < 1e-4
 

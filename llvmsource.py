@@ -1,0 +1,307 @@
+"""A plan, or its parts, as LLVM's intermediate language, and that as functions to call.
+
+All shapes are constants of the code. A vector register holds one value of 16 images (8 without
+AVX-512), or 16 neighbouring positions of one; memory is addressed in cells, one value of every
+image of a tile.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from plan import Map, Plan, Product
+
+F32, I32, I64, PTR, VOID = (
+    ir.FloatType(),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.PointerType(),
+    ir.VoidType(),
+)
+
+
+def loop(
+    b: ir.IRBuilder,
+    start: ir.Value,
+    stop: ir.Value,
+    step: int,
+    body: Callable[..., Sequence[ir.Value]],
+    carried: Sequence[ir.Value] = (),
+) -> list[ir.Value]:
+    """for i in range(start, stop, step): carried = body(i, *carried); returns the last of them."""
+    before, head = b.block, b.append_basic_block()
+    done = b.function.append_basic_block()
+    b.cbranch(b.icmp_signed("<", start, stop), head, done)
+    b.position_at_end(head)
+    index = b.phi(start.type)
+    index.add_incoming(start, before)
+    current = [b.phi(value.type) for value in carried]
+    for phi, value in zip(current, carried, strict=True):
+        phi.add_incoming(value, before)
+    new = body(index, *current) or ()
+    following, after = b.add(index, index.type(step)), b.block
+    for phi, value in zip([index, *current], [following, *new], strict=True):
+        phi.add_incoming(value, after)
+    b.cbranch(b.icmp_signed("<", following, stop), head, done)
+    b.position_at_end(done)
+    results = [b.phi(value.type) for value in carried]
+    for phi, first, last in zip(results, carried, new, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(last, after)
+    return results
+
+
+class Code:
+    """A module of functions for tiles of `images` images."""
+
+    def __init__(self, images: int):
+        self.images = images
+        self.sums = host()[1] - 4  # registers left after the weight, its place and the zero
+        self.cell = ir.VectorType(F32, images)
+        self.module = ir.Module()
+
+    def function(self, name: str, arguments: Sequence[ir.Type]) -> tuple[ir.Function, ir.IRBuilder]:
+        function = ir.Function(self.module, ir.FunctionType(VOID, arguments), name)
+        return function, ir.IRBuilder(function.append_basic_block())
+
+    def _at(self, b: ir.IRBuilder, base: ir.Value, offset) -> ir.Value:
+        offset = I64(offset) if isinstance(offset, int) else offset
+        return b.gep(base, [offset], source_etype=self.cell)
+
+    def _load(self, b: ir.IRBuilder, base: ir.Value, offset, typ: ir.Type = None) -> ir.Value:
+        return b.load(self._at(b, base, offset), typ=typ or self.cell, align=4 * self.images)
+
+    def _store(self, b: ir.IRBuilder, value: ir.Value, base: ir.Value, offset) -> None:
+        b.store(value, self._at(b, base, offset), align=4 * self.images)
+
+    def _splat(self, b: ir.IRBuilder, value: ir.Value, vector: ir.VectorType) -> ir.Value:
+        undefined = ir.Constant(vector, ir.Undefined)
+        one = b.insert_element(undefined, value, I32(0))
+        zeros = ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count)
+        return b.shuffle_vector(one, undefined, zeros)
+
+    def _intrinsic(self, name: str, result: ir.Type, *arguments: ir.Type) -> ir.Function:
+        return self.module.globals.get(name) or ir.Function(
+            self.module, ir.FunctionType(result, arguments), name
+        )
+
+    def _multiply_add(self, vector: ir.VectorType) -> ir.Function:
+        return self._intrinsic(f"llvm.fmuladd.v{vector.count}f32", vector, *[vector] * 3)
+
+    def _entry(self, b: ir.IRBuilder, tensor: Tensor, index: ir.Value) -> ir.Value:
+        """tensor[index]; its address becomes a constant of the code."""
+        typ = {torch.int32: I32, torch.float32: F32}[tensor.dtype]
+        base = I64(tensor.data_ptr()).inttoptr(PTR)
+        return b.load(b.gep(base, [index], source_etype=typ), typ=typ)
+
+    def product(self, p: Product, name: str) -> ir.Function:
+        """void name(source, target, pooled): one product for one tile, between these maps."""
+        function, b = self.function(name, [PTR, PTR, PTR])
+        source, target_map, pooled_map = function.args
+        images, widest = self.images, max(keep[-1] + 1 for _, _, keep in p.vectors)
+        width = 1 << (widest - 1).bit_length()  # of a vector, in cells
+        vector = ir.VectorType(F32, width * images)
+        multiply_add = self._multiply_add(vector)
+        zero = ir.Constant(vector, [0.0] * vector.count)
+        pieces = -(-len(p.vectors) // (self.sums // p.unroll))
+        size = -(-len(p.vectors) // pieces)
+
+        def row(o: ir.Value) -> None:
+            start, stop = (self._entry(b, p.first, b.add(o, I64(i))) for i in (0, 1))
+            start, stop = b.sext(start, I64), b.sext(stop, I64)
+            stride = 0 if p.pool else p.target.stride
+            target = self._at(b, target_map, b.mul(o, I64(stride)))
+            bias = self._splat(b, self._entry(b, p.bias, o), vector)
+            for begin in range(0, len(p.vectors), size):
+                piece = p.vectors[begin : begin + size]
+
+                def add_weight(k: ir.Value, *sums: ir.Value, piece=piece) -> list[ir.Value]:
+                    new = []
+                    for i in range(p.unroll):
+                        at = b.add(k, I64(i))
+                        value = self._splat(b, self._entry(b, p.values, at), vector)
+                        tap = self._at(b, source, b.sext(self._entry(b, p.taps, at), I64))
+                        for place, _, _ in piece:
+                            x = self._load(b, tap, place, vector)
+                            new.append(b.call(multiply_add, [x, value, sums[len(new)]]))
+                    return new
+
+                sums = [
+                    b.fadd(bias, self._load(b, target, place, vector)) if p.add else bias
+                    for _, place, _ in piece
+                ]
+                sums += [zero] * (len(piece) * (p.unroll - 1))
+                sums = loop(b, start, stop, p.unroll, add_weight, sums)
+                for i, (_, place, keep) in enumerate(piece):
+                    total = sums[i]
+                    for other in sums[i + len(piece) :: len(piece)]:
+                        total = b.fadd(total, other)
+                    total = self._max(b, zero, total) if p.relu else total
+                    if len(keep) < width:  # the border stays zero
+                        kept = [cell in keep for cell in range(width) for _ in range(images)]
+                        mask = ir.Constant(ir.VectorType(ir.IntType(1), vector.count), kept)
+                        total = b.select(mask, total, self._load(b, target, place, vector))
+                    self._store(b, total, target, place)
+            if p.pool:
+                pooled = p.pool.target
+                to = self._at(b, pooled_map, b.mul(o, I64(pooled.stride)))
+                for place, window in p.pool.windows(p.target):
+                    best = self._load(b, target, window[0])
+                    for other in window[1:]:
+                        best = self._max(b, best, self._load(b, target, other))
+                    self._store(b, best, to, place)
+
+        loop(b, I64(0), I64(len(p.bias)), 1, row)
+        b.ret_void()
+        return function
+
+    def gradient(self, p: Product, name: str) -> ir.Function:
+        """void name(source, gradient, sums): of the loss by each weight of `p`, for one tile, added
+        to `sums`, float32 in the order of p.values."""
+        function, b = self.function(name, [PTR, PTR, PTR])
+        source, gradient, results = function.args
+        multiply_add = self._multiply_add(self.cell)
+        add_up = self._intrinsic(f"llvm.vector.reduce.fadd.v{self.images}f32", F32, F32, self.cell)
+        zero = ir.Constant(self.cell, [0.0] * self.images)
+        pieces = -(-len(p.vectors) // (self.sums - 4))
+        size = -(-len(p.vectors) // pieces)
+
+        def row(o: ir.Value) -> None:
+            start, stop = (self._entry(b, p.first, b.add(o, I64(i))) for i in (0, 1))
+            start, stop = b.sext(start, I64), b.sext(stop, I64)
+            at = self._at(b, gradient, b.mul(o, I64(p.target.stride)))
+            for begin in range(0, len(p.vectors), size):
+                piece = p.vectors[begin : begin + size]
+                held = [self._load(b, at, place) for _, place, _ in piece]
+
+                def weight(k: ir.Value, piece=piece, held=held) -> None:
+                    tap = self._at(b, source, b.sext(self._entry(b, p.taps, k), I64))
+                    sums = [zero] * min(4, len(piece))
+                    for i, ((place, _, _), factor) in enumerate(zip(piece, held, strict=True)):
+                        x = self._load(b, tap, place)
+                        sums[i % 4] = b.call(multiply_add, [x, factor, sums[i % 4]])
+                    while len(sums) > 1:
+                        sums = [b.fadd(sums[0], sums[1]), *sums[2:]]
+                    at = b.gep(results, [k], source_etype=F32)
+                    before = b.load(at, typ=F32)
+                    b.store(b.call(add_up, [before, sums[0]], fastmath=("reassoc",)), at)
+
+                loop(b, start, stop, 1, weight)
+
+        loop(b, I64(0), I64(len(p.bias)), 1, row)
+        b.ret_void()
+        return function
+
+    def spread(self, size: int, target: Map, step: int, name: str) -> ir.Function:
+        """void name(source, target): a map without border, `size` pixels a side, copied to every
+        `step`-th pixel of every `step`-th row of `target`, for one tile."""
+        function, b = self.function(name, [PTR, PTR])
+        source, to = function.args
+
+        def pixel(c: ir.Value, y: ir.Value, x: ir.Value) -> None:
+            read = b.add(b.mul(b.add(b.mul(c, I64(size)), y), I64(size)), x)
+            row = b.add(b.mul(c, I64(target.side)), b.mul(y, I64(step)))
+            written = b.add(b.mul(row, I64(target.side)), b.mul(x, I64(step)))
+            value = self._load(b, source, read)
+            self._store(b, value, to, b.add(written, I64(target.at(0, 0))))
+
+        loop(b, I64(0), I64(target.channels), 1, lambda c: loop(
+            b, I64(0), I64(size), 1, lambda y: loop(
+                b, I64(0), I64(size), 1, lambda x: pixel(c, y, x))))  # fmt: skip
+        b.ret_void()
+        return function
+
+    def _max(self, b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+        """The larger; `y` if one of them is NaN. One instruction in this form alone."""
+        return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+class Engine(Code):
+    """The function `run`: a whole plan for one tile."""
+
+    def __init__(self, plan: Plan):
+        super().__init__(plan.images)
+        self.plan = plan
+        self._main([self.product(p, f"product{i}") for i, p in enumerate(plan.products)])
+
+    def _main(self, steps: list[ir.Function]) -> None:
+        """void run(images, n, strides n, c, h, w, logits, scratch, tile): one tile of images.
+
+        Images are float32 with these strides in elements, logits (n, classes). A tile's missing
+        images are copies of the last. An image with a pixel that is not finite has logits that are
+        NaN, as in the dense network, which multiplies it by zero as well.
+        """
+        function, b = self.function("run", [PTR, I64, I64, I64, I64, I64, PTR, PTR, I64])
+        images, n, sn, sc, sh, sw, logits, scratch, tile = function.args
+        plan = self.plan
+
+        def float_at(base: ir.Value, offset: ir.Value) -> ir.Value:
+            return b.gep(base, [offset], source_etype=F32)
+
+        lanes = []
+        for lane in range(plan.images):
+            i, end = b.add(b.mul(tile, I64(plan.images)), I64(lane)), b.sub(n, I64(1))
+            lanes.append(b.select(b.icmp_signed("<", i, end), i, end))
+        sources = [float_at(images, b.mul(i, sn)) for i in lanes]
+
+        def pixel(c: ir.Value, y: ir.Value, x: ir.Value, spoilt: ir.Value) -> list[ir.Value]:
+            at = b.add(b.add(b.mul(c, sc), b.mul(y, sh)), b.mul(x, sw))
+            value = ir.Constant(self.cell, ir.Undefined)
+            for lane, source in enumerate(sources):
+                one = b.load(float_at(source, at), typ=F32)
+                value = b.insert_element(value, one, I32(lane))
+            place = self._entry(b, plan.pixels, b.add(b.mul(y, size), x))
+            place = b.add(b.sext(place, I64), b.mul(c, I64(m.stride)))
+            self._store(b, value, scratch, b.add(place, I64(m.base)))
+            return [b.fadd(spoilt, b.fmul(value, zero))]
+
+        m, size = plan.image, I64(plan.image.size)
+        zero = ir.Constant(self.cell, [0.0] * plan.images)
+        (spoilt,) = loop(b, I64(0), I64(plan.image.channels), 1, lambda c, s: loop(
+            b, I64(0), size, 1, lambda y, s: loop(
+                b, I64(0), size, 1, lambda x, s: pixel(c, y, x, s), [s]), [s]), [zero])  # fmt: skip
+        for step, product in zip(steps, plan.products, strict=True):
+            pooled = product.pool.target if product.pool else product.target
+            places = [m.base for m in (product.source, product.target, pooled)]
+            b.call(step, [self._at(b, scratch, place) for place in places])
+        classes = plan.logits.channels
+
+        def write(k: ir.Value) -> None:
+            value = self._load(b, scratch, b.add(I64(plan.logits.base), k))
+            value = b.fadd(value, spoilt)
+            for lane, i in enumerate(lanes):
+                at = float_at(logits, b.add(b.mul(i, I64(classes)), k))
+                b.store(b.extract_element(value, I32(lane)), at)
+
+        loop(b, I64(0), I64(classes), 1, write)
+
+        b.ret_void()
+
+
+class Compiled:
+    """The functions of a module, compiled for this machine: `names` with their arguments' types."""
+
+    def __init__(self, code: Code, names: dict[str, list[type]]):
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        )
+        module = llvm.parse_assembly(str(code.module))
+        self._engine = llvm.create_mcjit_compiler(module, machine)  # holds the code
+        self._engine.finalize_object()
+        for name, types in names.items():
+            address = self._engine.get_function_address(name)
+            setattr(self, name, ctypes.CFUNCTYPE(None, *types)(address))
+
+
+def host() -> tuple[int, int]:
+    """Floats in a vector register, and how many of these there are."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16, 32
+    return (8, 16) if features.get("avx") else (4, 32 if "neon" in features else 16)

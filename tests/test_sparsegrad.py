@@ -1,0 +1,96 @@
+"""Training without the zeros against training with them."""
+
+import copy
+
+import pytest
+import tiny as shrunk
+import torch
+import torch.nn.functional as F
+
+import loop
+import models
+import prune
+import rewrite
+import sparsegrad
+
+
+def pruned(stem, size, keep=0.05, images=32):
+    """A narrow network in training, of whose weights a share of `keep` is left, and a batch."""
+    torch.manual_seed(0)
+    with shrunk.narrow():
+        model = models.build("resnet18", 10, stem=stem)
+    model = rewrite.trim_(model, size).train()
+    with torch.no_grad():
+        for weight in prune.weights(model).values():
+            weight.mul_(torch.rand_like(weight) < keep).mul_(keep**-0.5)
+    batch = torch.randn(images, 3, size, size)
+    return model, batch, torch.randint(10, (images,))
+
+
+@pytest.mark.parametrize(("stem", "size"), [(4, 28), (2, 28), (1, 12), (4, 40), (2, 17)])
+def test_gradients_are_those_of_the_dense_network(stem, size):
+    model, images, labels = pruned(stem, size)
+    for module in list(model.modules()):  # smooth: else rounding can decide who is below zero
+        if hasattr(module, "relu"):
+            module.relu = torch.nn.SiLU()
+    dense = copy.deepcopy(model).double()
+    logits = sparsegrad.SparseForward(model, size)(images)
+    expected = dense(images.double())
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-3, atol=1e-4)
+    F.cross_entropy(logits, labels).backward()
+    F.cross_entropy(expected, labels).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), dense.parameters(), strict=True):
+        grad = theirs.grad.float()
+        if ("conv" in name and name != "conv1.weight") or "downsample.0" in name:
+            assert not ours.grad[ours == 0].any()
+            grad = grad * (ours != 0)
+        assert (ours.grad - grad).norm() <= 1e-4 * grad.norm() + 1e-6, name
+    for (name, ours), theirs in zip(model.named_buffers(), dense.buffers(), strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_same_bits_with_any_number_of_threads(monkeypatch):
+    gradients = []
+    for threads in (1, 2, 3):
+        model, images, labels = pruned(4, 28, images=64)
+        forward = sparsegrad.SparseForward(model, 28)
+        monkeypatch.setattr(forward, "threads", threads)
+        monkeypatch.setattr(forward, "_maps", [{} for _ in range(threads)])
+        for _ in range(2):  # memories are used again
+            model.zero_grad()
+            F.cross_entropy(forward(images), labels).backward()
+        gradients.append([model.get_parameter(n).grad for n in ("layer1.0.conv1.weight",)])
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.equal(gradients[0][0], gradients[2][0])
+
+
+def test_weights_that_changed_are_used():
+    model, images, _ = pruned(4, 28)
+    forward = sparsegrad.SparseForward(model, 28)
+    before = forward(images)
+    with torch.no_grad():
+        model.layer4[1].conv2.weight.mul_(3)
+    after = forward(images)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, model(images), rtol=1e-3, atol=1e-4)
+
+
+def test_it_is_used_where_few_weights_are_left():
+    model, _, _ = pruned(4, 28, keep=0.5)
+    assert sparsegrad.pays(model, 28) is None
+    model, images, labels = pruned(4, 28)
+    setup = loop.Setup(torch.device("cpu"), False, 28, True)
+    steps = []
+    for sparse in (True, False):
+        network = loop.Network(copy.deepcopy(model), loop.Stage(1, "sgd", 0.1), setup)
+        network.model.train()
+        network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
+        assert network.sparse is not None
+        network.sparse = network.sparse if sparse else None
+        targets = F.one_hot(labels, 10).float()
+        losses = [network.step(images, targets, None, 0.1)[0].item() for _ in range(5)]
+        network.step(images[:31], targets[:31], None, 0.1)  # no whole tiles: the model itself
+        steps.append((losses, prune.count(network.model)))
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-3)
+    assert steps[0][1] == steps[1][1]
+    assert steps[0][0][-1] < steps[0][0][0]
