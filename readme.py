@@ -58,19 +58,10 @@ def mean_and_spread(percent: list[float]) -> str:
 def tables() -> dict[str, str]:
     """The README's generated parts, by the name in the comment before them."""
     measured = json.loads((HERE / "bench.json").read_text())
-    model, _ = checkpoint.load(SHIPPED[0])
-    summary = torchinfo.summary(prune.masked(model), (1, 3, 28, 28), verbose=0)
-    layers = ["| layer | parameters | of |", "|---|---|---|"]
-    for name, weight in prune.weights(model).items():
-        layers.append(f"| {name[:-7]} | {int(weight.count_nonzero()):,} | {weight.numel():,} |")
-    fixed = prune.count_fixed(model)
-    layers.append(f"| BatchNorm, and the bias of fc | {fixed:,} | {fixed:,} |")
-    layers.append(f"| **Total params** | **{summary.total_params:,}** | 11,181,642 |")
-    layers.append(f"| Total mult-adds (M) | {summary.total_mult_adds / 1e6:.2f} | |")
     return {
         "results": "\n".join(results_table(measured["shipped"])),
         "runs": "\n".join(runs_table()),
-        "layers": "\n".join(layers),
+        "layers": "\n".join(layers_table()),
         "sizes": "\n".join(sizes_table()),
         "speed": "\n".join(speed_tables(measured)),
         "ways": "\n".join(ways_table(measured["ways"])),
@@ -104,6 +95,34 @@ def results_table(measured: dict) -> list[str]:
             f"| {path.stat().st_size / 1000:,.0f} | `train.py{flags}`, {minutes:.0f} minutes |"
         )
     return lines
+
+
+def layers_table() -> list[str]:
+    """What is left of the stages of each network that is shipped, as torchinfo counts it."""
+    models = [checkpoint.load(path)[0] for path in SHIPPED]
+    names = ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
+    rows = {name: [] for name in [*names, "biases"]}
+    for model in models:
+        for name in names:
+            stage = {k: w for k, w in prune.weights(model).items() if k.split(".")[0] == name}
+            left = sum(int(weight.count_nonzero()) for weight in stage.values())
+            rows[name] += [f"{left:,}", f"{sum(w.numel() for w in stage.values()):,}"]
+        rows["biases"] += 2 * [f"{prune.count_fixed(model):,}"]
+    rows["BatchNorm, and the bias of fc"] = rows.pop("biases")
+    totals, work = [], []
+    for model in models:
+        summary = torchinfo.summary(prune.masked(model), (1, 3, 28, 28), verbose=0)
+        totals += [
+            f"**{summary.total_params:,}**",
+            f"{sum(p.numel() for p in model.parameters()):,}",
+        ]
+        work += [f"{summary.total_mult_adds / 1e6:.2f}", ""]
+    rows |= {"**Total params**": totals, "Total mult-adds (M)": work}
+    lines = [
+        "| | " + " | ".join(f"`{path.name}` | of" for path in SHIPPED) + " |",
+        "|---|" + "---|---|" * len(SHIPPED),
+    ]
+    return lines + [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()]
 
 
 def runs_table() -> list[str]:
