@@ -221,22 +221,7 @@ def ways(weights: Path, source: data.Source) -> Figures:
         runs = {name: lambda run=run, batch=batch: run(batch) for name, run in engines.items()}
         for name, seconds in alternate(runs).items():
             results.add([n / s for s in seconds], name, str(n))
-        images = models.normalize(batch).contiguous()
-        repeats = max(2000 // n, 1)
-
-        def serve(images: Tensor = images, repeats: int = repeats) -> None:
-            for _ in range(repeats):
-                engine(images)
-
-        def shared(threads: int, serve: Callable = serve) -> None:
-            for done in [pool.submit(serve) for _ in range(threads)]:
-                done.result()
-
-        with ThreadPoolExecutor(2) as pool:
-            runs = {threads: lambda threads=threads: shared(threads) for threads in (1, 2)}
-            for threads, seconds in alternate(runs).items():
-                rates = [threads * repeats * n / s for s in seconds]
-                results.add(rates, f"threads {threads}", str(n))
+        serving(engine, models.normalize(batch).contiguous(), results)
     torch.set_num_threads(threads)
     print(f"\n{'way out':14}{'kB':>10}{'equal':>8}{'batch 1':>10}{'batch 256':>11}")
     for name, row in results.medians.items():
@@ -244,6 +229,26 @@ def ways(weights: Path, source: data.Source) -> Figures:
         rates = [f"{row[str(n)]:,.0f}" for n in WAY_BATCHES]
         print(f"{name:14}{size:>10}{row.get('equal', ''):>8}{rates[0]:>10}{rates[-1]:>11}")
     return results
+
+
+def serving(engine: Callable, images: Tensor, results: Figures) -> None:
+    """Images per second of one engine that 1 and 2 threads give a batch at a time."""
+    n = len(images)
+    repeats = max(2000 // n, 1)
+
+    def serve() -> None:
+        for _ in range(repeats):
+            engine(images)
+
+    def shared(threads: int) -> None:
+        for done in [pool.submit(serve) for _ in range(threads)]:
+            done.result()
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = {threads: lambda threads=threads: shared(threads) for threads in (1, 2)}
+        for threads, seconds in alternate(runs).items():
+            rates = [threads * repeats * n / s for s in seconds]
+            results.add(rates, f"threads {threads}", str(n))
 
 
 def shipped() -> Figures:

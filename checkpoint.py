@@ -386,20 +386,49 @@ def _images(meta: dict) -> str:
     return "{0}x{0}, {1}".format(meta["image_size"], "grey" if meta.get("grey", True) else "colour")
 
 
+class _Broken(Exception):
+    """Parts of a file do not fit together."""
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise _Broken
+
+
 def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     """The reverse of `save`."""
-    broken = CheckpointError(f"{path}: damaged, its parts do not fit together")
+    try:
+        meta = _checked_meta(path, content)
+        model = models.build(meta["arch"], meta["num_classes"], stem=meta["stem"])
+        state, prunable = model.state_dict(), prune.weights(model).keys()
+        layers = [state[name] for name in prunable]
+        parts = _unpacked(content, sum(layer.numel() for layer in layers))
+        floats = [t for n, t in state.items() if n not in prunable and t.is_floating_point()]
+        integers = [t for t in state.values() if not t.is_floating_point()]
+        for tensors, source in (
+            (layers, _values(content.get("bits", 32), layers, parts)),
+            (floats, parts["others"]),
+            (integers, parts["integers"]),
+        ):
+            sizes = [tensor.numel() for tensor in tensors]
+            _require(sum(sizes) == len(source))
+            for tensor, part in zip(tensors, source.split(sizes), strict=True):
+                tensor.copy_(part.view_as(tensor))
+    except _Broken:
+        raise CheckpointError(f"{path}: damaged, its parts do not fit together") from None
+    return model, meta
+
+
+def _checked_meta(path: str | Path, content: dict) -> dict:
+    """What the file says of itself, "stem" as one of models.STEMS."""
     version = content.get("version")
-    if not isinstance(version, int):
-        raise broken
+    _require(isinstance(version, int))
     if version not in VERSIONS:
         known = " and ".join(str(known) for known in VERSIONS)
         raise CheckpointError(f"{path}: format version {version}, this program reads {known}")
     meta = content.get("meta")
-    if not isinstance(meta, dict) or type(meta.get("num_classes")) is not int:
-        raise broken
-    if not 0 < meta["num_classes"] <= CLASSES:
-        raise broken
+    _require(isinstance(meta, dict) and type(meta.get("num_classes")) is int)
+    _require(0 < meta["num_classes"] <= CLASSES)
     kinds = {
         "budget": int,
         "parameters": int,
@@ -408,26 +437,22 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
         "dataset": str,
         "classes": list,
     }
-    if not all(type(meta[key]) is kind for key, kind in kinds.items() if key in meta):
-        raise broken
+    _require(all(type(meta[key]) is kind for key, kind in kinds.items() if key in meta))
     classes = meta.get("classes", ["?"] * meta["num_classes"])
-    if len(classes) != meta["num_classes"]:
-        raise broken
-    if not all(isinstance(c, str) for c in classes) or not (
-        0 < meta.get("image_size", 28) <= data.SIZES[1]
-    ):
-        raise broken
+    _require(len(classes) == meta["num_classes"] and all(isinstance(c, str) for c in classes))
+    _require(0 < meta.get("image_size", 28) <= data.SIZES[1])
     if meta.get("arch") not in models.ARCHITECTURES:
         raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")
     meta["stem"] = stem = {"stock": 4}.get(stem := meta.get("stem", 4), stem)
     if type(stem) is not int or stem not in models.STEMS:
         raise CheckpointError(f"{path}: unknown stem {stem!r}")
-    model = models.build(meta["arch"], meta["num_classes"], stem=stem)
-    state, prunable = model.state_dict(), prune.weights(model).keys()
-    flat = torch.zeros(sum(state[name].numel() for name in prunable))
+    return meta
+
+
+def _unpacked(content: dict, most: int) -> dict[str, Tensor]:
+    """The tensors of a file, by their names in it; none has more than `most` numbers."""
     bits, packed = content.get("bits", 32), content.get("gaps") is not None
-    if type(bits) is not int or not (bits == 32 or 2 <= bits <= 8):
-        raise broken
+    _require(type(bits) is int and (bits == 32 or 2 <= bits <= 8))
     dtypes, parts = dict(DTYPES), {}
     if bits < 32:
         dtypes["values"] = torch.int8
@@ -439,45 +464,35 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     for name, dtype in dtypes.items():
         part = content.get(name)
         wanted = torch.uint8 if packed else dtype
-        if not _is_plain(part) or part.dtype != wanted or part.dim() != 1:
-            raise broken
+        _require(_is_plain(part) and part.dtype == wanted and part.dim() == 1)
         try:
-            parts[name] = _unpack(part, dtype, len(flat)) if packed else part
+            parts[name] = _unpack(part, dtype, most) if packed else part
         except ValueError:
-            raise broken from None
-    values, others, integers = parts["values"].float(), parts["others"], parts["integers"]
+            raise _Broken from None
+    return parts
+
+
+def _values(bits: int, layers: list[Tensor], parts: dict[str, Tensor]) -> Tensor:
+    """All weights of `layers`, float32, one after the other."""
+    flat = torch.zeros(sum(layer.numel() for layer in layers))
+    values = parts["values"].float()
     if bits < 32:
         values = torch.cat([parts["first"], values])
-    if not packed:
-        positions = torch.arange(len(flat))
-    else:
+    if "gaps" in parts:
         gaps = parts["gaps"].long()
         positions = gaps.cumsum(0)[gaps != STEP] - 1
-        if len(positions) and not (positions[0] >= 0 and positions[-1] < len(flat)):
-            raise broken
-        if (positions.diff() <= 0).any():
-            raise broken
-    if len(positions) != len(values):
-        raise broken
+        _require(not len(positions) or (positions[0] >= 0 and positions[-1] < len(flat)))
+        _require(not (positions.diff() <= 0).any())
+    else:
+        positions = torch.arange(len(flat))
+    _require(len(positions) == len(values))
     flat[positions] = values
     if bits < 32:
-        most = 2 ** (bits - 1) - 1
-        layers = [state[name] for name in prunable][1:]
-        sizes = torch.tensor([layer[0].numel() for layer in layers for _ in layer])
-        if len(parts["scales"]) != len(sizes) or flat[-sizes.sum() :].abs().max() > most:
-            raise broken
-        flat[-sizes.sum() :] *= parts["scales"].repeat_interleave(sizes)
-    for names, source in (
-        (prunable, flat),
-        ([n for n, t in state.items() if n not in prunable and t.is_floating_point()], others),
-        ([n for n, t in state.items() if not t.is_floating_point()], integers),
-    ):
-        sizes = [state[name].numel() for name in names]
-        if sum(sizes) != len(source):
-            raise broken
-        for name, part in zip(names, source.split(sizes), strict=True):
-            state[name].copy_(part.view_as(state[name]))
-    return model, meta
+        sizes = torch.tensor([layer[0].numel() for layer in layers[1:] for _ in layer])
+        whole = flat[-sizes.sum() :]
+        _require(len(parts["scales"]) == len(sizes) and whole.abs().max() <= 2 ** (bits - 1) - 1)
+        whole *= parts["scales"].repeat_interleave(sizes)
+    return flat
 
 
 def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tuple[nn.Module, dict]:

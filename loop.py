@@ -446,12 +446,7 @@ def fit(
             save(state(epoch, progress), None)
             raise KeyboardInterrupt
         losses, accuracy = progress.result()
-        if len(bad := losses.isfinite().logical_not().nonzero()):
-            raise ArithmeticError(
-                f"stage {part.title}, epoch {epoch + 1}, step {bad[0].item() + 1}: the loss is "
-                f"{losses[bad[0]].item()}"
-            )
-
+        _check_finite(losses, part.title, epoch)
         val, val_average = (
             validate(m, images.val, setup) for m in (network.model, network.average.module)
         )
@@ -462,29 +457,46 @@ def fit(
             chosen = network.average.module if averaged else network.model
             weights = {k: v.clone() for k, v in chosen.state_dict().items()}
             best = {"score": score, "epoch": epoch + 1, "averaged": averaged, "model": weights}
-        parameters, seconds = prune.count(network.model), time.perf_counter() - began
         row = {
             "stage": part.name,
             "round": part.round,
             "epoch": epoch + 1,
-            "parameters": parameters,
+            "parameters": prune.count(network.model),
             "loss": round(losses.mean().item(), 5),
             "train_accuracy": round(accuracy, 5),
             "val_accuracy": "" if val is None else round(val, 5),
             "val_accuracy_average": "" if val is None else round(val_average, 5),
             "learning_rate": float(f"{rates[-1]:.3g}"),
-            "seconds": round(seconds, 1),
+            "seconds": round(time.perf_counter() - began, 1),
         }
         save(state(epoch + 1), row)
-        shown = "" if val is None else f"  val {val:.2%}  averaged {val_average:.2%}"
-        parallel.say(
-            f"{part.title:11}{epoch + 1:4}/{stage.epochs}  {parameters:>10,} parameters  "
-            f"loss {losses.mean().item():.4f}{shown}  {seconds:.0f} s"
-        )
+        _say(part, row)
         if stop.asked:
             raise KeyboardInterrupt
     network.model.load_state_dict(best["model"])
     return rewrite.untrimmed(network.model)
+
+
+def _check_finite(losses: Tensor, title: str, epoch: int) -> None:
+    """Raises ArithmeticError with the first step whose loss is not finite."""
+    if len(bad := losses.isfinite().logical_not().nonzero()):
+        step = bad[0].item()
+        raise ArithmeticError(
+            f"stage {title}, epoch {epoch + 1}, step {step + 1}: the loss is {losses[step].item()}"
+        )
+
+
+def _say(part: Part, row: dict) -> None:
+    """An epoch's line in the terminal."""
+    shown = ""
+    if row["val_accuracy"] != "":
+        val, average = row["val_accuracy"], row["val_accuracy_average"]
+        shown = f"  val {val:.2%}  averaged {average:.2%}"
+    epochs = f"{row['epoch']:4}/{part.stage.epochs}"
+    parallel.say(
+        f"{part.title:11}{epochs}  {row['parameters']:>10,} parameters  "
+        f"loss {row['loss']:.4f}{shown}  {row['seconds']:.0f} s"
+    )
 
 
 def validate(model: nn.Module, val: tuple[Tensor, Tensor] | None, setup: Setup) -> float | None:

@@ -17,7 +17,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -194,6 +194,36 @@ def predict(args: argparse.Namespace) -> None:
     parts = itertools.chain([next(parts)], parts)  # most of what is bad is found by now
     if assumed:
         print(f"predict.py: {assumed}", file=sys.stderr)
+    done, right, seconds = write_predictions(args, model, parts, classes)
+    report = {
+        "weights": str(args.weights),
+        "arch": meta["arch"],
+        "parameters": meta["parameters"],
+        "images": done,
+        "accuracy": None if args.images else right / done,
+        "tta": args.tta,
+        "engine": engine,
+        "device": device.type,
+        "seconds": round(seconds, 3),
+        "output": str(args.output),
+    }
+    if args.json:
+        text = json.dumps(report)
+    else:
+        accuracy = "" if args.images else f"test accuracy {right / done:.2%}"
+        accuracy += " with mirror images, " if accuracy and args.tta else ", " if accuracy else ""
+        text = (
+            f"{meta['arch']}, {meta['parameters']:,} parameters: {accuracy}{done:,} images in "
+            f"{seconds:.1f} s on {device.type} ({engine}), predictions in {args.output}"
+        )
+    # Standard output has the predictions alone, if they go there.
+    print(text, file=sys.stderr if any(map(checkpoint.is_stdout, outputs)) else sys.stdout)
+
+
+def write_predictions(
+    args: argparse.Namespace, model: nn.Module, parts: Iterable[tuple], classes: Sequence[str]
+) -> tuple[int, int, float]:
+    """The CSV and, if asked for, the picture; returns images, right answers, seconds."""
     done, right, seconds, shown = 0, 0, 0.0, []
     bar = tqdm(unit=" images", leave=False, disable=None)
     with checkpoint.writing(args.output) as file, bar:
@@ -227,29 +257,7 @@ def predict(args: argparse.Namespace) -> None:
 
         images, titles = zip(*shown, strict=True)
         checkpoint.write(args.show, plots.sheet(torch.stack(images), titles))
-    report = {
-        "weights": str(args.weights),
-        "arch": meta["arch"],
-        "parameters": meta["parameters"],
-        "images": done,
-        "accuracy": None if args.images else right / done,
-        "tta": args.tta,
-        "engine": engine,
-        "device": device.type,
-        "seconds": round(seconds, 3),
-        "output": str(args.output),
-    }
-    if args.json:
-        text = json.dumps(report)
-    else:
-        accuracy = "" if args.images else f"test accuracy {right / done:.2%}"
-        accuracy += " with mirror images, " if accuracy and args.tta else ", " if accuracy else ""
-        text = (
-            f"{meta['arch']}, {meta['parameters']:,} parameters: {accuracy}{done:,} images in "
-            f"{seconds:.1f} s on {device.type} ({engine}), predictions in {args.output}"
-        )
-    # Standard output has the predictions alone, if they go there.
-    print(text, file=sys.stderr if any(map(checkpoint.is_stdout, outputs)) else sys.stdout)
+    return done, right, seconds
 
 
 def main(argv: list[str] | None = None) -> int:
