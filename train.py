@@ -61,7 +61,7 @@ RECIPES = {
     "self": Recipe(
         teacher=None,
         student=Stage(18, **_SGD, **_KD),
-        pruned=tuple(Stage(epochs, **_KD, cuts=cuts) for epochs, cuts in ((4, 3), (6, 4), (20, 6))),
+        pruned=tuple(Stage(epochs, **_KD, cuts=cuts) for epochs, cuts in ((4, 3), (4, 3), (13, 7))),
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
     ),
