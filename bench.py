@@ -296,7 +296,8 @@ def training(source: data.Source, device: torch.device) -> Figures:
 
     def ours() -> None:
         progress = loop.Progress(images.steps, images.classes, device)
-        loop.train_epoch(network, batches(), teacher, rates, progress, loop.Stop())
+        answers = loop.Teacher(teacher)
+        loop.train_epoch(network, batches(), answers, rates, progress, loop.Stop())
 
     def only_networks() -> None:
         for _ in rates:

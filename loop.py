@@ -7,7 +7,7 @@ training hands its state, and a row of figures for each epoch, to whoever called
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -50,6 +50,7 @@ class Stage:
     kd_weight: float = 0.0  # of the distillation loss; the labels have the rest
     temperature: float = 1.0
     cuts: int = 0  # one before each of the first epochs
+    views: int = 0  # after so many epochs the same crops and mixtures come again; 0: always new ones
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,29 @@ def lengths(n: int, batch_size: int) -> tuple[int, int, int]:
     return batch_size, steps, math.ceil(LEAST / steps)
 
 
+class Teacher:
+    """A network's logits for batches, of which those that come again are computed only once.
+
+    Resampled crops cost little, a teacher's forward pass up to half of a step (as in FKD, arXiv
+    2112.01528, where crops and logits are kept on disk). `network` as from `Setup.frozen`.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.kept: dict[Hashable, Tensor] = {}
+
+    def logits(self, images: Tensor, batch: Hashable = None) -> Tensor:
+        """float32 (N, classes) for `images` as networks see them; `batch`: its name, if it comes
+        again."""
+        if batch is not None and batch in self.kept:
+            return self.kept[batch]
+        with torch.no_grad():
+            logits = self.network(images.to(self.network.fc.weight.dtype)).float()
+        if batch is not None:
+            self.kept[batch] = logits
+        return logits
+
+
 class Images:
     """The resident images of a run, and the batches that training sees of them.
 
@@ -134,7 +158,7 @@ class Images:
         self, epoch: int, epochs: int, generator: Generator
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches of one of `epochs`, of which the last see whole images."""
-        plain = epoch >= (1 - PLAIN) * epochs
+        plain = is_plain(epoch, epochs)
         return chain.from_iterable(self.batches(generator, plain) for _ in range(self.passes))
 
     def batches(self, generator: Generator, plain: bool = False) -> Iterable[tuple[Tensor, Tensor]]:
@@ -169,6 +193,21 @@ def distillation_loss(
     )
     labels = F.cross_entropy(logits, targets)
     return kd_weight * temperature**2 * divergence + (1 - kd_weight) * labels
+
+
+def is_plain(epoch: int, epochs: int) -> bool:
+    return epoch >= (1 - PLAIN) * epochs
+
+
+def view_of(epoch: int, stage: Stage) -> int:
+    """The first epoch that shows the batches of `epoch`."""
+    first = math.ceil((1 - PLAIN) * stage.epochs) if is_plain(epoch, stage.epochs) else 0
+    return first + (epoch - first) % (stage.views or stage.epochs)
+
+
+def views(stage: Stage, done: int = 0) -> int:
+    """How many of a training's epochs show batches not seen before, after `done` epochs."""
+    return len({view_of(epoch, stage) for epoch in range(done, stage.epochs)})
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -232,24 +271,20 @@ class Network:
         self.average.n_averaged.zero_()
         self.average.update_parameters(self.model)
 
-    def step(self, images: Tensor, targets: Tensor, teacher: nn.Module | None, rate: float):
+    def step(self, images: Tensor, targets: Tensor, teacher_logits: Tensor | None, rate: float):
         """One update; returns loss and logits, without waiting for the device.
 
-        All processes are given the same batch, and each takes its share.
+        `teacher_logits` float (N, classes), or None: from labels only.
         """
         stage = self.stage
-        images, targets = parallel.share(images), parallel.share(targets)
         whole = self.sparse is not None and len(images) % self.sparse.images == 0
         with self.setup.autocast():
             logits = (self.sparse if whole else self.trained)(images)
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_logits = teacher(images.to(teacher.fc.weight.dtype))
-        if teacher is None:
+        if teacher_logits is None:
             loss = F.cross_entropy(logits.float(), targets)
         else:
             loss = distillation_loss(
-                logits.float(), teacher_logits.float(), targets, stage.kd_weight, stage.temperature
+                logits.float(), teacher_logits, targets, stage.kd_weight, stage.temperature
             )
         self.optimizer.zero_grad()
         loss.backward()
@@ -345,16 +380,18 @@ class Progress:
 def train_epoch(
     network: Network,
     batches: Iterable[tuple[Tensor, Tensor]],
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     rates: list[float],
     progress: Progress,
     stop: Stop,
     title: str = "",
     before: int = 0,
+    view: int | None = None,
 ) -> None:
     """One pass over `batches` of images and targets, with a learning rate for each step.
 
-    `before` are the steps of the training before these, which the average of weights counts. Goes
+    All processes are given the same batches, and each takes its share. `view`: a number for these
+    batches, if they come again. `before` are the steps of the training before these, which the average of weights counts. Goes
     on after `progress.step` steps (batches before are drawn again and left out), and returns before
     the end if it is asked to. Under mixup an answer is right if it is the class with the larger
     share. The bar, if there is a terminal, reads loss and accuracy ten times.
@@ -368,9 +405,13 @@ def train_epoch(
         if stop.asked:
             bar.close()
             return
-        loss, logits = network.step(images, targets, teacher, rates[step])
+        images, targets = parallel.share(images), parallel.share(targets)
+        teacher_logits = None
+        if teacher is not None:
+            teacher_logits = teacher.logits(images, None if view is None else (view, step))
+        loss, logits = network.step(images, targets, teacher_logits, rates[step])
         progress.losses[step] = loss
-        progress.accuracy.update(logits, parallel.share(targets).argmax(1))
+        progress.accuracy.update(logits, targets.argmax(1))
         progress.step = done = step + 1
         if (before + done) % network.average_every == 0:
             network.average.update_parameters(network.model)
@@ -401,7 +442,7 @@ def fit(
     called without a row, and KeyboardInterrupt raised. Raises ArithmeticError if the loss is not
     finite.
     """
-    stop = stop or Stop()
+    stop, answers = stop or Stop(), None if teacher is None else Teacher(teacher)
     stage, steps = part.stage, images.passes * images.steps
     average_every = max(1, round(AVERAGE * stage.epochs * steps / UPDATES))
     network = Network(model, stage, setup, average_every)
@@ -415,8 +456,9 @@ def fit(
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         generator = Generator(setup.device)
-        generator.manual_seed((seed * 100 + part.number) * 100_000 + epoch)
-        return images.epoch(epoch, stage.epochs, generator)
+        view = view_of(epoch, stage)
+        generator.manual_seed((seed * 100 + part.number) * 100_000 + view)
+        return images.epoch(view, stage.epochs, generator)
 
     def state(epoch: int, progress: Progress | None = None) -> dict:
         return {
@@ -440,8 +482,8 @@ def fit(
             for step in range(steps)
         ]
         title = f"{part.title}, {epoch + 1}/{stage.epochs}"
-        before = epoch * steps
-        train_epoch(network, batches(epoch), teacher, rates, progress, stop, title, before)
+        before, view = epoch * steps, view_of(epoch, stage) if stage.views else None
+        train_epoch(network, batches(epoch), answers, rates, progress, stop, title, before, view)
         if progress.step < steps:
             save(state(epoch, progress), None)
             raise KeyboardInterrupt

@@ -20,6 +20,7 @@ import hashlib
 import math
 import platform
 import signal
+import statistics
 import sys
 import time
 from dataclasses import asdict, replace
@@ -61,7 +62,11 @@ RECIPES = {
     "self": Recipe(
         teacher=None,
         student=Stage(18, **_SGD, **_KD),
-        pruned=tuple(Stage(epochs, **_KD, cuts=cuts) for epochs, cuts in ((4, 3), (4, 3), (13, 7))),
+        pruned=(
+            Stage(4, **_KD, cuts=3),
+            Stage(6, **_KD, cuts=4),
+            Stage(50, kd_weight=0.9, temperature=4.0, cuts=6, views=10),
+        ),
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
     ),
@@ -334,37 +339,45 @@ def announce(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> 
     total = 0.0
     for stage in seconds:
         ours = [part for part in parts if part.name == stage]
-        done = sum(run.epochs_done(part) for part in ours)
-        epochs = sum(part.stage.epochs for part in ours) - done
-        minutes = epochs * images.passes * images.steps * seconds[stage] / 60
+        done = {part: run.epochs_done(part) for part in ours}
+        step, answer = seconds[stage]
+        epochs = sum(part.stage.epochs - done[part] for part in ours)
+        asked = sum(loop.views(part.stage, done[part]) for part in ours)
+        minutes = (epochs * step + asked * answer) * images.passes * images.steps / 60
         total += minutes
         listed = " + ".join(str(part.stage.epochs) for part in ours)
-        known = f" ({done} are done)" if done else ""
+        known = f" ({sum(done.values())} are done)" if any(done.values()) else ""
         parallel.say(f"  {stage:8} {listed} epochs{known}, about {minutes:.1f} minutes")
     parallel.say(f"  in all about {total:.1f} minutes")
 
 
-def measure(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> dict[str, float]:
-    """Seconds that a training step takes in each stage, on networks thrown away."""
+def measure(
+    run: Run, parts: list[Part], images: loop.Images, setup: Setup
+) -> dict[str, tuple[float, float]]:
+    """Seconds that a training step, and the teacher's answer, take in each stage, on networks
+    thrown away."""
     seconds = {}
     given, classes = given_teacher(run), images.classes
     largest = "teacher" if run.settings["recipe"]["teacher"] else "student"
     teacher = checkpoint.load(given)[0] if given else build(largest, run.settings, classes)
-    teacher = setup.frozen(teacher)
+    teacher = loop.Teacher(setup.frozen(teacher))
     for part in parts:
         if part.round > 1:
             continue
         stage = "teacher" if part.name == "teacher" else "student"
         network = loop.Network(build(stage, run.settings, classes), part.stage, setup)
         network.model.train()
-        times = []
+        steps, answers = [], []
         batches = images.batches(Generator(setup.device).manual_seed(0))
-        for _, batch in zip(range(5), batches, strict=False):
+        for _, (batch, targets) in zip(range(5), batches, strict=False):
             began = time.perf_counter()
-            loss, _ = network.step(*batch, teacher if teacher_of(run, part) else None, rate=0.0)
+            logits = teacher.logits(batch) if teacher_of(run, part) else None
+            answered = time.perf_counter()
+            loss, _ = network.step(batch, targets, logits, rate=0.0)
             loss.item()
-            times.append(time.perf_counter() - began)
-        seconds[part.name] = sorted(times)[len(times) // 2]
+            steps.append(time.perf_counter() - answered)
+            answers.append(answered - began)
+        seconds[part.name] = statistics.median(steps), statistics.median(answers)
     return seconds
 
 

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -133,13 +134,13 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
     torch.manual_seed(0)
     stage = loop.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
     network = loop.Network(models.build("resnet18", 10), stage, SETUP)
-    teacher = SETUP.frozen(models.build("resnet18", 10))
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
+    teacher_logits = torch.randn(8, 10)
 
     def steps():
         network.model.train()
         for _ in range(3):
-            network.step(images, targets, teacher, rate=0.01)
+            network.step(images, targets, teacher_logits, rate=0.01)
             network.average.update_parameters(network.model)
 
     steps()  # fills the momenta of weights that are pruned next
@@ -190,6 +191,41 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
     assert models.accuracy(models.infer(model, images.val[0]), images.val[1]) > 0.6
     losses = [row["loss"] for row in rows]
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_views_are_the_crops_of_the_first_epochs_and_whole_images_of_their_own():
+    stage = loop.Stage(12, views=4)
+    views = [loop.view_of(epoch, stage) for epoch in range(12)]
+    assert views == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 10, 11]
+    assert (loop.views(stage), loop.views(stage, 8)) == (7, 4)
+    assert [loop.view_of(epoch, loop.Stage(12)) for epoch in range(12)] == list(range(12))
+
+
+def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, tiny_data):
+    """Kept answers change no weight, and a training that was stopped needs none of them."""
+    recipe = replace(train.RECIPES["quick"], images=None)
+    images, setup = train.prepare(data.find(tiny_data), recipe, torch.device("cpu"))
+    torch.manual_seed(0)
+    model, teacher = models.build("resnet18", 10), setup.frozen(models.build("resnet18", 10))
+    asked = []
+    teacher.register_forward_hook(lambda module, args, out: asked.append(args[0].clone()))
+    part = loop.Part("student", loop.Stage(8, kd_weight=0.5, views=2), 1, "student.pth")
+    states = []
+
+    def fit(saved=None):
+        asked.clear()
+        done = loop.fit(
+            part, copy.deepcopy(model), teacher, images, setup, seed=0, saved=saved,
+            save=lambda state, row: states.append(copy.deepcopy(state)),
+        )  # fmt: skip
+        return done.state_dict()
+
+    whole, steps = fit(), images.passes * images.steps
+    assert len(asked) == 4 * steps  # two epochs of crops, two of whole images
+    assert len({tuple(batch.flatten().tolist()) for batch in asked}) == 4 * steps
+    again = fit(states[3])
+    assert len(asked) == 4 * steps  # asked anew: nothing of it is in the state
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
