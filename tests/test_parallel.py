@@ -55,7 +55,7 @@ def test_two_processes_follow_one_and_go_on_where_one_was_stopped(folder, tmp_pa
     one, two = rows(alone), rows(folder)
     assert [r["parameters"] for r in one] == [r["parameters"] for r in two]
     for a, b in zip(one, two, strict=True):
-        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.005)
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.01)
     path = folder / "runs" / "quick-seed0" / "pruned_resnet18.pth"
     assert checkpoint.load(path)[1]["parameters"] == 100_000
 
