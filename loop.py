@@ -50,7 +50,7 @@ class Stage:
     kd_weight: float = 0.0  # of the distillation loss; the labels have the rest
     temperature: float = 1.0
     cuts: int = 0  # one before each of the first epochs
-    views: int = 0  # after so many epochs the same crops and mixtures come again; 0: always new ones
+    views: int = 0  # epochs after which the same crops and mixtures come again; 0: never
 
 
 @dataclass(frozen=True)
@@ -391,10 +391,11 @@ def train_epoch(
     """One pass over `batches` of images and targets, with a learning rate for each step.
 
     All processes are given the same batches, and each takes its share. `view`: a number for these
-    batches, if they come again. `before` are the steps of the training before these, which the average of weights counts. Goes
-    on after `progress.step` steps (batches before are drawn again and left out), and returns before
-    the end if it is asked to. Under mixup an answer is right if it is the class with the larger
-    share. The bar, if there is a terminal, reads loss and accuracy ten times.
+    batches, if they come again. `before` are the steps of the training before these, which the
+    average of weights counts. Goes on after `progress.step` steps (batches before are drawn again
+    and left out), and returns before the end if it is asked to. Under mixup an answer is right if
+    it is the class with the larger share. The bar, if there is a terminal, reads loss and accuracy
+    ten times.
     """
     network.model.train()
     hidden = True if parallel.process() else None  # None: unless there is a terminal
