@@ -26,6 +26,7 @@ import parallel
 import prune
 import rewrite
 import sparsegrad
+from sparse import SparseResNet
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 PLAIN = 0.25  # share of the epochs, the last: whole images, mirrored at random, but not mixed
@@ -491,7 +492,8 @@ def fit(
         losses, accuracy = progress.result()
         _check_finite(losses, part.title, epoch)
         val, val_average = (
-            validate(m, images.val, setup) for m in (network.model, network.average.module)
+            validate(m, images.val, setup, skip_zeros=network.sparse is not None)
+            for m in (network.model, network.average.module)
         )
         # Without validation images the schedule decides: the average after the last epoch.
         averaged = val is None or val_average >= val
@@ -542,9 +544,15 @@ def _say(part: Part, row: dict) -> None:
     )
 
 
-def validate(model: nn.Module, val: tuple[Tensor, Tensor] | None, setup: Setup) -> float | None:
+def validate(
+    model: nn.Module, val: tuple[Tensor, Tensor] | None, setup: Setup, skip_zeros: bool = False
+) -> float | None:
     """Accuracy on (images, labels) in the precision of training; None without images."""
     if val is None:
         return None
     images_u8, labels = val
-    return models.accuracy(models.infer(setup.frozen(model), images_u8), labels)
+    if skip_zeros:
+        fast = SparseResNet(rewrite.untrimmed(model), setup.image_size, setup.grey)
+    else:
+        fast = setup.frozen(model)
+    return models.accuracy(models.infer(fast, images_u8), labels)

@@ -156,6 +156,19 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
                 assert not weight[~network.masks[name]].any()
 
 
+def test_validation_that_skips_the_zeros_is_validation():
+    torch.manual_seed(0)
+    network = loop.Network(models.build("resnet18", 10), loop.Stage(1), SETUP)
+    network.cut(100_000, [torch.randn(8, 3, 28, 28)])
+    network.model.eval()
+    images_u8 = torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8)
+    labels = models.infer(network.model, images_u8).argmax(1)
+    labels[:90] = (labels[:90] + 1) % 10
+    for skip_zeros in (False, True):
+        share = loop.validate(network.model, (images_u8, labels), SETUP, skip_zeros)
+        assert share == pytest.approx(0.7, abs=0.01)
+
+
 def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given():
     torch.manual_seed(0)
     stage = loop.Stage(1)
