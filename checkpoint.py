@@ -249,8 +249,11 @@ def levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     is not zero is at least 1 or -1, so that the count stays.
     """
     most = 2 ** (bits - 1) - 1
-    flat = weight.float().flatten(1)
-    largest = flat.abs().amax(1, keepdim=True)
+    everything = weight.float().flatten(1)
+    filled = everything != 0  # only these are searched, at the front of their rows
+    columns = filled.byte().argsort(dim=1, descending=True, stable=True)[:, : filled.sum(1).max()]
+    flat = everything.gather(1, columns)
+    largest = everything.abs().amax(1, keepdim=True)
     least = torch.finfo(torch.float32).tiny
     best, errors = torch.zeros_like(flat), torch.full_like(largest, torch.inf)
     scales = torch.zeros_like(largest)
@@ -263,7 +266,8 @@ def levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         best, errors = whole.where(better, best), error.where(better, errors)
         scales = scale.where(better, scales)
     dtype = torch.int8 if bits <= 8 else torch.int16
-    return best.to(dtype).view_as(weight), scales[:, 0]
+    whole = torch.zeros_like(everything).scatter_(1, columns, best)
+    return whole.to(dtype).view_as(weight), scales[:, 0]
 
 
 def rounded(model: nn.Module, bits: int) -> nn.Module:

@@ -18,6 +18,7 @@ import checkpoint
 import data
 import loop
 import models
+import plots
 import prune
 import record
 import train
@@ -42,6 +43,13 @@ def tiny(wide, monkeypatch) -> Iterator[list[str]]:
     with shrunk.narrow(), monkeypatch.context() as patch:
         patch.setattr(models, "bf16_pays", lambda device: False)  # not now this, now that
         yield wide
+
+
+@pytest.fixture
+def drawn(tiny, monkeypatch) -> None:
+    """With `tiny`: pictures of the run are drawn."""
+    for name, draw in shrunk.DRAWINGS.items():
+        monkeypatch.setattr(plots, name, draw)
 
 
 @pytest.fixture

@@ -322,6 +322,14 @@ KINDS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def eight_bits(shipped_like, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bits") / "weights.pth"
+    checkpoint.save(path, *checkpoint.load(shipped_like), bits=8)
+    assert checkpoint.load(path)[1]["parameters"] == 100_000
+    return path.read_bytes()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_weights_files_get_one_clear_line(kind, shipped_like, path, monkeypatch):
     monkeypatch.chdir(path.parent)
@@ -340,9 +348,8 @@ BIT_KINDS = (
 
 
 @pytest.mark.parametrize("kind", BIT_KINDS)
-def test_bad_files_of_8_bits_get_one_clear_line(kind, shipped_like, path):
-    checkpoint.save(path, *checkpoint.load(shipped_like), bits=8)
-    assert checkpoint.load(path)[1]["parameters"] == 100_000
+def test_bad_files_of_8_bits_get_one_clear_line(kind, eight_bits, path):
+    path.write_bytes(eight_bits)
     with pytest.raises(checkpoint.CheckpointError, match=damage_bits(path, kind)) as caught:
         checkpoint.load(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)

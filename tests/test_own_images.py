@@ -54,7 +54,7 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def test_a_grey_folder_through_the_whole_chain(tiny, folder, tmp_path, capsys):
+def test_a_grey_folder_through_the_whole_chain(tiny, drawn, folder, tmp_path, capsys):
     flags = ["--quick", "--device", "cpu", "--data", str(folder), "--image-size", "40"]
     assert train.main([*flags, "--name", "own"]) == 0
     run = tmp_path / "runs" / "own"

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import loop
 import models
+import plots
 import prune
 import record
 import train
@@ -48,6 +49,7 @@ RECIPE = loop.Recipe(
     images=64,
     batch_size=16,
 )
+DRAWINGS = {name: getattr(plots, name) for name in ("curves", "layers", "confusion", "mistakes")}
 
 
 class Narrow(ResNet):
@@ -69,10 +71,13 @@ NARROW = {
 
 @contextlib.contextmanager
 def narrow() -> Iterator[None]:
-    """Within: the program builds, writes and reads narrow networks."""
+    """Within: the program builds, writes and reads narrow networks, and pictures of a run are
+    empty: to draw them takes longer than to train."""
     with pytest.MonkeyPatch.context() as patch:
         for arch, build in NARROW.items():
             patch.setattr(torchvision.models, arch, build)
+        for name in DRAWINGS:
+            patch.setattr(plots, name, lambda *args: b"")
         yield
 
 
