@@ -492,7 +492,7 @@ def fit(
         losses, accuracy = progress.result()
         _check_finite(losses, part.title, epoch)
         val, val_average = (
-            validate(m, images.val, setup, skip_zeros=network.sparse is not None)
+            validate(m, images.val, setup, network.sparse is not None)
             for m in (network.model, network.average.module)
         )
         # Without validation images the schedule decides: the average after the last epoch.

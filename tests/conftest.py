@@ -39,7 +39,8 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(wide, monkeypatch) -> Iterator[list[str]]:
-    """As `wide`, with narrow networks: for all that does not depend on the size of these."""
+    """As `wide`, with narrow networks, no pictures: for all that does not depend on these."""
+    shrunk.draw_nothing(monkeypatch)
     with shrunk.narrow(), monkeypatch.context() as patch:
         patch.setattr(models, "bf16_pays", lambda device: False)  # not now this, now that
         yield wide

@@ -71,14 +71,17 @@ NARROW = {
 
 @contextlib.contextmanager
 def narrow() -> Iterator[None]:
-    """Within: the program builds, writes and reads narrow networks, and pictures of a run are
-    empty: to draw them takes longer than to train."""
+    """Within: the program builds, writes and reads narrow networks."""
     with pytest.MonkeyPatch.context() as patch:
         for arch, build in NARROW.items():
             patch.setattr(torchvision.models, arch, build)
-        for name in DRAWINGS:
-            patch.setattr(plots, name, lambda *args: b"")
         yield
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Pictures of a run are empty: to draw them takes longer than to train."""
+    for name in DRAWINGS:
+        patch.setattr(plots, name, lambda *args: b"")
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -148,6 +151,7 @@ def main() -> int:
     data.VALIDATION = VALIDATION
     models.bf16_pays = lambda device: False  # a busy machine might measure now this, now that
     loop.LEAST = LEAST
+    draw_nothing(pytest.MonkeyPatch())
     if "RANK" in os.environ:  # under torchrun
         loop.fit = _counted(loop.fit)
     for name, number in (("DIE", signal.SIGKILL), ("STOP", signal.SIGTERM)):
