@@ -26,7 +26,7 @@ import train
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results.csv", HERE / "README.md"
-SHIPPED = (HERE / "pruned_resnet18.pth",)
+SHIPPED = (HERE / "pruned_resnet18.pth", HERE / "pruned_resnet18-stem2.pth")
 
 
 def result_rows() -> list[dict[str, str]]:

@@ -3,15 +3,18 @@ import pickle
 import pytest
 import torch
 from PIL import Image
-from test_project import ROOT, SHIPPED
+from test_project import ROOT
 
 import checkpoint
 import models
+from readme import SHIPPED
 
 
-def test_the_shipped_network_comes_with_all_it_needs():
-    model = torch.hub.load(str(ROOT), "pruned_resnet18", source="local", verbose=False)
-    expected, meta = checkpoint.load(SHIPPED)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_network_comes_with_all_it_needs(path):
+    name = path.stem.replace("-", "_")
+    model = torch.hub.load(str(ROOT), name, source="local", verbose=False)
+    expected, meta = checkpoint.load(path)
     assert not model.training and list(model.classes) == meta["classes"] and model.image_size == 28
     images = torch.randint(256, (5, 28, 28), dtype=torch.uint8)
     with torch.inference_mode():
@@ -35,5 +38,5 @@ def test_only_networks_are_entry_points():
     import hubconf
 
     names = {n for n, v in vars(hubconf).items() if callable(v) and not n.startswith("_")}
-    assert names == {"pruned_resnet18", *models.ARCHITECTURES}
+    assert names == {"pruned_resnet18", "pruned_resnet18_stem2", *models.ARCHITECTURES}
     assert {"torch", "torchvision"} <= set(hubconf.dependencies)
