@@ -51,6 +51,7 @@ class Stage:
     kd_weight: float = 0.0  # of the distillation loss; the labels have the rest
     temperature: float = 1.0
     cuts: int = 0  # one before each of the first epochs
+    share: int = 0  # of the way down to the budget, beside the other rounds'; 0: as many as cuts
     views: int = 0  # epochs after which the same crops and mixtures come again; 0: never
 
 
@@ -59,7 +60,7 @@ class Recipe:
     teacher: Stage | None  # None: the dense student teaches what is left of it
     student: Stage
     pruned: tuple[Stage, ...]  # rounds of pruning, each from the network before it
-    budgets: tuple[int, ...] = ()  # what rounds end with; (): evenly, by their cuts, to --budget
+    budgets: tuple[int, ...] = ()  # what rounds end with; (): evenly, by their shares, to --budget
     images: int | None = None  # of the training set; None: all
     batch_size: int = 256
     crop_scale: tuple[float, float] = (0.85, 1.0)  # share of the image's area

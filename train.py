@@ -58,11 +58,16 @@ RECIPES = {
         ),
     ),
     # Without a ResNet50, which costs two hours more with `--stem 2`: the dense student learns from
-    # labels alone, and teaches its pruned self. With that stem 2 to 2.5 hours on two cores.
+    # labels alone, and teaches its pruned self, or all learn from --teacher. The last round is long
+    # and gentle, and meets the same batches again so that the teacher need not answer anew.
     "self": Recipe(
         teacher=None,
         student=Stage(18, **_SGD, **_KD),
-        pruned=tuple(Stage(epochs, **_KD, cuts=cuts) for epochs, cuts in ((4, 3), (6, 4), (20, 6))),
+        pruned=(
+            Stage(4, **_KD, cuts=3),
+            Stage(6, **_KD, cuts=4),
+            Stage(32, **_SGD, **_KD, cuts=12, share=6, views=16),
+        ),
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
     ),
@@ -88,11 +93,11 @@ STAGES = ("teacher", "student", "pruned")
 
 def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
     """All parts of a run whose dense student has `largest` parameters that can matter."""
-    rounds, cuts = len(recipe.pruned), [stage.cuts for stage in recipe.pruned]
+    rounds, shares = len(recipe.pruned), [stage.share or stage.cuts for stage in recipe.pruned]
     ends = recipe.budgets
     if not ends:
-        steps = prune.ladder(largest, budget, sum(cuts))
-        ends = tuple(steps[sum(cuts[: n + 1]) - 1] for n in range(rounds))
+        steps = prune.ladder(largest, budget, sum(shares))
+        ends = tuple(steps[sum(shares[: n + 1]) - 1] for n in range(rounds))
     parts = [Part("student", recipe.student, 1, "student.pth")]
     if recipe.teacher is not None:
         parts.insert(0, Part("teacher", recipe.teacher, 0, "teacher.pth"))
