@@ -409,7 +409,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--budget", type=int, metavar="N", help="parameters left (default 100000)")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
     what.add_argument(
-        "--teacher", type=Path, metavar="FILE", help="weights of a ResNet50; none is trained then"
+        "--teacher",
+        type=Path,
+        metavar="FILE",
+        help="weights of a ResNet50 or ResNet18; no teacher is trained then",
     )
     what.add_argument(
         "--imagenet", action="store_true", help="start the student from torchvision's weights"

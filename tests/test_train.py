@@ -49,6 +49,16 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     assert ends == list(recipe.budgets) if recipe.budgets else ends[-1] == 100_000
 
 
+def test_a_round_goes_its_share_of_the_way_in_as_many_cuts_as_it_likes():
+    quick = train.RECIPES["quick"]
+    rounds = (loop.Stage(4, cuts=3), loop.Stage(6, cuts=4), loop.Stage(32, cuts=12, share=6))
+    cuts = [part.cuts for part in train.plan(replace(quick, pruned=rounds), 10**7, 10**5)[2:]]
+    assert [len(steps) for steps in cuts] == [3, 4, 12]
+    for steps, way in zip(cuts, (3, 7, 13), strict=True):
+        assert steps[-1] == pytest.approx(10 ** (7 - 2 * way / 13), abs=1)
+    assert cuts[2][0] / cuts[1][-1] == pytest.approx(10 ** (-1 / 13), rel=1e-5)
+
+
 # --- the whole ----------------------------------------------------------------------------------
 
 
