@@ -34,19 +34,27 @@ def result_rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def seeds_of(weights: Path) -> list[dict[str, str]]:
-    """The rows of results.csv of the recipe and stem of a weights file."""
-    meta = checkpoint.load(weights)[1]
-    recipe_and_stem = (meta["recipe"], str(meta["stem"]))
-    return [row for row in result_rows() if (row["recipe"], row["stem"]) == recipe_and_stem]
-
-
 def row_of(weights: Path) -> dict[str, str]:
     """The row of results.csv that a weights file comes from."""
     meta = checkpoint.load(weights)[1]
-    key = str(meta["seed"]), f"{meta['val_accuracy']:.4f}"
-    (row,) = [row for row in seeds_of(weights) if (row["seed"], row["pruned_val"]) == key]
+    of = {name: str(meta[name]) for name in ("recipe", "stem", "seed")}
+    of["pruned_val"] = f"{meta['val_accuracy']:.4f}"
+    (row,) = [row for row in result_rows() if of.items() <= row.items()]
     return row
+
+
+def seeds_of(weights: Path) -> list[dict[str, str]]:
+    """The rows of results.csv that differ from a weights file's by their seeds only."""
+    alike = ("recipe", "stem", "teacher")
+    of = row_of(weights)
+    return [row for row in result_rows() if all(row[name] == of[name] for name in alike)]
+
+
+def flags_of(row: dict[str, str]) -> str:
+    """What train.py was given, but for the seed."""
+    defaults = {"recipe": "cpu", "stem": "4", "teacher": ""}
+    given = [f" --{name} {row[name]}" for name, default in defaults.items() if row[name] != default]
+    return "".join(given)
 
 
 def mean_and_spread(percent: list[float]) -> str:
@@ -87,12 +95,10 @@ def results_table(measured: dict) -> list[str]:
         )
         seeds = f"{len(rows)} seed{'s' * (len(rows) > 1)}"
         minutes = statistics.median(float(row["minutes"]) for row in rows)
-        flags = "" if rows[0]["recipe"] == "cpu" else f" --recipe {rows[0]['recipe']}"
-        flags += "" if rows[0]["stem"] == "4" else f" --stem {rows[0]['stem']}"
         rates = f"{speed['multiply_adds'] / 1e6:.2f} M | {speed['1']:,.0f} | {speed['256']:,.0f}"
         lines.append(
             f"| `{path.name}` | **{test}** ({seeds}) | {val} | {rates} "
-            f"| {path.stat().st_size / 1000:,.0f} | `train.py{flags}`, {minutes:.0f} minutes |"
+            f"| {path.stat().st_size / 1000:,.0f} | `train.py{flags_of(rows[0])}`, {minutes:.0f} minutes |"
         )
     return lines
 
@@ -126,22 +132,21 @@ def layers_table() -> list[str]:
 
 
 def runs_table() -> list[str]:
-    """Each run behind the weights that are shipped, validation / test."""
+    """Each run to 100,000 parameters on its own, validation / test."""
     lines = ["| run | teacher | student | **100,000 parameters** | |", "|---|---|---|---|---|"]
-    for path in SHIPPED:
-        rows = seeds_of(path)
-        for row in rows:
-            figures = [
-                " / ".join(
-                    f"{float(row[f'{stage}_{split}']):.2%}" if row[f"{stage}_{split}"] else "-"
-                    for split in ("val", "test")
-                )
-                for stage in train.STAGES
-            ]
-            stem = "" if row["stem"] == "4" else f" --stem {row['stem']}"
-            run = f"`--recipe {row['recipe']}{stem} --seed {row['seed']}`"
-            where = f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
-            lines.append(f"| {run} | {' | '.join(figures)} | {where} |")
+    for row in result_rows():
+        if row["recipe"] == "curve":
+            continue
+        figures = [
+            " / ".join(
+                f"{float(row[f'{stage}_{split}']):.2%}" if row[f"{stage}_{split}"] else "-"
+                for split in ("val", "test")
+            )
+            for stage in train.STAGES
+        ]
+        run = f"`train.py{flags_of(row)} --seed {row['seed']}`"
+        where = f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
+        lines.append(f"| {run} | {' | '.join(figures)} | {where} |")
     return lines
 
 

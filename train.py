@@ -302,7 +302,7 @@ def result_rows(run: Run, stages: list[dict], all_rounds: bool) -> list[dict]:
     """A row for results.csv for the pruned network, or for that of each round."""
     *teachers, student = (stage for stage in stages if not stage["stage"].startswith("pruned"))
     pruned = stages[len(teachers) + 1 :]
-    teacher = teachers[0] if teachers else {}
+    teacher, given = teachers[0] if teachers else {}, given_teacher(run)
 
     def accuracies(name: str, stage: dict) -> dict[str, str]:
         pairs = {split: stage.get(f"{split}_accuracy") for split in ("val", "test")}
@@ -313,6 +313,7 @@ def result_rows(run: Run, stages: list[dict], all_rounds: bool) -> list[dict]:
             "name": run.record["name"],
             "recipe": run.settings["recipe_name"],
             "stem": run.settings["stem"],
+            "teacher": given.name if given else "",
             "seed": run.settings["seed"],
             "parameters": stage["parameters"],
             **accuracies("teacher", teacher),
