@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-LARGEST_UNFOLDED = 4  # pixels a side of the maps up to which a weight gradient is a matrix product
+UNFOLDED = 2**24  # bytes of unfolded input at a time: what a cache holds
 BLOCK = 16  # channels that onnxruntime computes together; it is slow with other numbers of them
 
 
@@ -106,7 +106,7 @@ class MatmulConv2d(nn.Conv2d):
             x = x.permute(0, 2, 3, 1).flatten(1)
             weight = weight.permute(0, 2, 3, 1).flatten(1)
             return F.linear(x, weight, bias)[:, :, None, None]
-        if torch.is_grad_enabled() and bias is None and size <= LARGEST_UNFOLDED:
+        if torch.is_grad_enabled() and bias is None:
             if torch.is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu")
                 x, weight = x.to(dtype), weight.to(dtype)
@@ -115,7 +115,12 @@ class MatmulConv2d(nn.Conv2d):
 
 
 class _Conv2dMatmulWeightGrad(torch.autograd.Function):
-    """conv2d whose weight gradient is one matrix product over the unfolded input."""
+    """conv2d whose weight gradient is a sum of matrix products over the unfolded input.
+
+    oneDNN's own gradient is no faster, and much slower on small maps. Its threads wait for each
+    other by spinning, whatever OpenMP's policy: beside one busy process a step took 30 times as
+    long.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -132,8 +137,14 @@ class _Conv2dMatmulWeightGrad(torch.autograd.Function):
             grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, stride, padding)
         pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
         patches = pixels.unfold(1, kernel, stride).unfold(2, kernel, stride)  # n h w c kh kw
-        patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, kernel * kernel * x.shape[1])
-        grad_weight = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]).t() @ patches
+        patches, grad = patches.permute(0, 1, 2, 4, 5, 3), grad.permute(0, 2, 3, 1)
+        images = max(1, UNFOLDED // (patches[0].numel() * x.element_size()))
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros(weight.shape[0], patches[0, 0, 0].numel(), dtype=exact)
+        for some, theirs in zip(grad.split(images), patches.split(images), strict=True):
+            rows = theirs.reshape(-1, grad_weight.shape[1])
+            grad_weight += some.reshape(-1, weight.shape[0]).t() @ rows
+        grad_weight = grad_weight.to(weight.dtype)
         grad_weight = grad_weight.view(weight.shape[0], kernel, kernel, -1).permute(0, 3, 1, 2)
         return grad_x, grad_weight, None, None
 

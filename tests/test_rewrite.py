@@ -2,14 +2,17 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import loop
 import models
 import prune
 import rewrite
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch):
+def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch, monkeypatch):
+    monkeypatch.setattr(rewrite, "UNFOLDED", 2**20)  # in several pieces, the last one smaller
     torch.manual_seed(0)
     plain = models.build(arch, 10).double()
     fast = rewrite.speed_up_(rewrite.trim_(copy.deepcopy(plain), 28))
@@ -27,6 +30,25 @@ def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch
             torch.testing.assert_close(b.grad.norm(), a.grad.norm())
             assert b.grad.count_nonzero() == a.grad.count_nonzero()
     assert trimmed and all(name.startswith("layer4") for name in trimmed)
+
+
+@pytest.mark.parametrize("stem", models.STEMS)
+def test_a_step_asks_onednn_for_no_weight_gradient(stem):
+    """Its threads spin in wait for each other, so that a busy process slows a step 30 times."""
+    setup = loop.Setup(torch.device("cpu"), bf16=False, image_size=28, grey=True)
+    network = loop.Network(models.build("resnet18", 10, stem=stem), loop.Stage(1), setup)
+    images, targets = models.normalize(torch.zeros(16, 28, 28)), torch.eye(10).repeat(2, 1)[:16]
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.convolution_backward.default:
+                asked.append(args[-1][1])
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        network.step(images, targets, None, 0.0)
+    assert asked and not any(asked)
 
 
 @pytest.mark.parametrize("size", [20, 28, 32, 40, 65])
