@@ -23,8 +23,6 @@ import readme  # noqa: E402
 import record  # noqa: E402
 import train  # noqa: E402
 
-SHIPPED, *_ = readme.SHIPPED
-
 
 @pytest.mark.parametrize(
     "name",
@@ -140,7 +138,8 @@ def newcomers_folder(tmp_path, monkeypatch, wide, tiny_data, shipped_like):
         for i in range(6):
             image = Image.new("RGB", (50, 40), (40 * i, 90, 255 if "cat" in place else 0))
             image.save(tmp_path / place / f"{i}.png")
-    shutil.copy(SHIPPED, tmp_path)
+    for weights in ROOT.glob("pruned_resnet18*.pth"):
+        shutil.copy(weights, tmp_path)
     weights = tmp_path / "runs" / "cpu-folder-seed0" / "pruned_resnet18.pth"
     weights.parent.mkdir(parents=True)
     shutil.copy(shipped_like, weights)
