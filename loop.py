@@ -236,9 +236,7 @@ class Network:
             self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / UPDATES), use_buffers=True
         )
         self.masks: prune.Masks | None = None
-        self.sparse: sparsegrad.SparseForward | None = (
-            None  # the model without its zeros, if faster
-        )
+        self.sparse: sparsegrad.SparseForward | None = None  # without the zeros, if faster
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[stage.optimizer]
         extra = {"momentum": 0.9, "nesterov": True} if stage.optimizer == "sgd" else {}
         self.optimizer = kind(
@@ -445,8 +443,8 @@ def fit(
     called without a row, and KeyboardInterrupt raised. Raises ArithmeticError if the loss is not
     finite.
     """
-    stop, answers = stop or Stop(), None if teacher is None else Teacher(teacher)
-    stage, steps = part.stage, images.passes * images.steps
+    stop, stage, steps = stop or Stop(), part.stage, images.passes * images.steps
+    answers = None if teacher is None else Teacher(teacher)
     average_every = max(1, round(AVERAGE * stage.epochs * steps / UPDATES))
     network = Network(model, stage, setup, average_every)
     first, within, best = 0, None, {"score": -1.0}
@@ -496,13 +494,8 @@ def fit(
             validate(m, images.val, setup, network.sparse is not None)
             for m in (network.model, network.average.module)
         )
-        # Without validation images the schedule decides: the average after the last epoch.
-        averaged = val is None or val_average >= val
-        score = float(epoch) if val is None else max(val, val_average)
-        if epoch + 1 >= len(part.cuts) and score > best["score"]:
-            chosen = network.average.module if averaged else network.model
-            weights = {k: v.clone() for k, v in chosen.state_dict().items()}
-            best = {"score": score, "epoch": epoch + 1, "averaged": averaged, "model": weights}
+        if epoch + 1 >= len(part.cuts):
+            best = _better(best, epoch + 1, network, val, val_average)
         row = {
             "stage": part.name,
             "round": part.round,
@@ -521,6 +514,22 @@ def fit(
             raise KeyboardInterrupt
     network.model.load_state_dict(best["model"])
     return rewrite.untrimmed(network.model)
+
+
+def _better(
+    best: dict, epoch: int, network: Network, val: float | None, val_average: float | None
+) -> dict:
+    """`best`, or this epoch's weights or their average if validation prefers them.
+
+    Without validation images the schedule decides: the average after the last epoch.
+    """
+    averaged = val is None or val_average >= val
+    score = float(epoch) if val is None else max(val, val_average)
+    if score <= best["score"]:
+        return best
+    chosen = network.average.module if averaged else network.model
+    weights = {name: tensor.clone() for name, tensor in chosen.state_dict().items()}
+    return {"score": score, "epoch": epoch, "averaged": averaged, "model": weights}
 
 
 def _check_finite(losses: Tensor, title: str, epoch: int) -> None:
