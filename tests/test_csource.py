@@ -5,14 +5,15 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from test_project import SHIPPED
 from test_sparse import prune_to
 
 import checkpoint
 import csource
 import export
 import models
+import readme
 
+WEIGHTS = readme.SHIPPED[0]
 compiled = pytest.mark.skipif(export.compiler() is None, reason="needs a C compiler")
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -62,7 +63,7 @@ def compare(folder, flags, model, images_u8, bits=32, classes=()):
 @compiled
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_the_shipped_network_fits_a_small_device(bits, tmp_path, sanitizers):
-    model, meta = checkpoint.load(SHIPPED)
+    model, meta = checkpoint.load(WEIGHTS)
     source = compare(tmp_path, sanitizers, model, pictures(20), bits, meta["classes"])
     assert source.memory_bytes <= 128_000
     assert cc(tmp_path, *STRICT, "-Os", "-c", "net.c").returncode == 0
@@ -121,7 +122,7 @@ HOSTILE = [
 
 @compiled
 def test_class_names_stay_in_their_strings(tmp_path):
-    model, _ = checkpoint.load(SHIPPED)
+    model, _ = checkpoint.load(WEIGHTS)
     source = compare(tmp_path, ["-trigraphs"], model, pictures(2), classes=HOSTILE)
     writes = "".join(
         f"fwrite(net_classes[{i}], {len(name.encode())}, 1, stdout);"
@@ -141,7 +142,7 @@ def test_file_names_become_identifiers():
 
 @compiled
 def test_the_program_refuses_what_is_no_idx_file_of_its_images(tmp_path):
-    model, _ = checkpoint.load(SHIPPED)
+    model, _ = checkpoint.load(WEIGHTS)
     compare(tmp_path, [], model, pictures(1))
     good = (tmp_path / "images").read_bytes()
     write_idx(tmp_path / "small", pictures(1, 20))

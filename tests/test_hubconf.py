@@ -3,17 +3,16 @@ import pickle
 import pytest
 import torch
 from PIL import Image
-from test_project import ROOT
 
 import checkpoint
 import models
-from readme import SHIPPED
+import readme
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", readme.SHIPPED, ids=lambda path: path.stem)
 def test_the_shipped_network_comes_with_all_it_needs(path):
     name = path.stem.replace("-", "_")
-    model = torch.hub.load(str(ROOT), name, source="local", verbose=False)
+    model = torch.hub.load(str(readme.HERE), name, source="local", verbose=False)
     expected, meta = checkpoint.load(path)
     assert not model.training and list(model.classes) == meta["classes"] and model.image_size == 28
     images = torch.randint(256, (5, 28, 28), dtype=torch.uint8)
@@ -29,7 +28,9 @@ def test_the_shipped_network_comes_with_all_it_needs(path):
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
 def test_dense_architectures(arch):
-    model = torch.hub.load(str(ROOT), arch, source="local", num_classes=3, stem=2, verbose=False)
+    model = torch.hub.load(
+        str(readme.HERE), arch, source="local", num_classes=3, stem=2, verbose=False
+    )
     assert not model.training and model.fc.out_features == 3
     assert model.conv1.kernel_size == (3, 3)
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from test_checkpoint import KINDS, damage
-from test_project import ROOT
 
 import checkpoint
 import data
 import models
 import predict
+import readme
 
 SCRIPT = Path(predict.__file__)
 
@@ -245,5 +245,7 @@ def test_large_images_go_through_the_network_a_few_at_a_time():
 def test_a_start_imports_nothing_that_is_not_used():
     heavy = ["pandas", "matplotlib", "llvmlite", "torch._dynamo", "sympy", "torchmetrics"]
     code = f"import sys, predict; print([name for name in {heavy} if name in sys.modules])"
-    started = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    started = subprocess.run(
+        [sys.executable, "-c", code], cwd=readme.HERE, capture_output=True, text=True
+    )
     assert started.stdout == "[]\n", started.stderr

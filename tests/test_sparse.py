@@ -5,14 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_project import SHIPPED
 
 import checkpoint
 import llvmsource
 import models
 import plan
 import prune
+import readme
 import sparse
+
+WEIGHTS = readme.SHIPPED[0]
 
 
 def images(n, size=28, grey=True):
@@ -36,7 +38,7 @@ def prune_to(model, budget, size=28):
 
 @pytest.mark.parametrize("n", [1, 5, 12, 13, 33, 250])
 def test_the_shipped_network_in_batches_of_all_sizes(n):
-    model, _ = checkpoint.load(SHIPPED)
+    model, _ = checkpoint.load(WEIGHTS)
     assert differs(sparse.SparseResNet(model, 28), model, images(n)) < 1e-4
 
 
@@ -83,7 +85,7 @@ def test_narrow_vectors_and_few_registers_compute_the_same(resnet18, monkeypatch
 
 
 def test_any_layout_of_images_and_none_at_all():
-    engine = sparse.SparseResNet(checkpoint.load(SHIPPED)[0], 28, grey=False)
+    engine = sparse.SparseResNet(checkpoint.load(WEIGHTS)[0], 28, grey=False)
     x = images(19, grey=False).contiguous()
     expected = engine(x)
     assert torch.equal(engine(x.contiguous(memory_format=torch.channels_last)), expected)
@@ -95,7 +97,7 @@ def test_any_layout_of_images_and_none_at_all():
 
 
 def test_multiply_adds_are_weights_times_positions():
-    model, _ = checkpoint.load(SHIPPED)
+    model, _ = checkpoint.load(WEIGHTS)
     counted = []
 
     def count(module, _, output):
@@ -111,7 +113,7 @@ def test_multiply_adds_are_weights_times_positions():
 
 
 def test_threads_that_share_an_engine_get_what_one_gets():
-    engine = sparse.SparseResNet(checkpoint.load(SHIPPED)[0], 28)
+    engine = sparse.SparseResNet(checkpoint.load(WEIGHTS)[0], 28)
     engine.threads = 2  # each call shares its work, however many threads PyTorch has
     parts = [images(2500), -images(2501)[:2500]]
     batches = (250, 1, 7)  # both kinds of code, compiled while the other thread waits
@@ -128,7 +130,7 @@ def test_threads_that_share_an_engine_get_what_one_gets():
 
 @pytest.mark.parametrize("n", [5, 40])
 def test_copies_and_pickles_compute_the_same(n):
-    engine = sparse.SparseResNet(checkpoint.load(SHIPPED)[0], 28)
+    engine = sparse.SparseResNet(checkpoint.load(WEIGHTS)[0], 28)
     x, file = images(n), io.BytesIO()
     expected = engine(x)
     torch.save(engine, file)
@@ -145,7 +147,7 @@ def test_copies_and_pickles_compute_the_same(n):
 @pytest.mark.parametrize("n", [5, 40])
 @pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
 def test_a_pixel_that_is_not_finite_spoils_its_image_and_no_other(n, pixel):
-    model, _ = checkpoint.load(SHIPPED)
+    model, _ = checkpoint.load(WEIGHTS)
     engine = sparse.SparseResNet(model, 28)
     for place in ((0, 0), (13, 14), (27, 27)):
         x = images(n).clone()
