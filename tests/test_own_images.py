@@ -102,13 +102,16 @@ def test_images_that_were_added_are_noticed(tiny, folder, monkeypatch, capsys):
     assert "grey: True, now False; classes: [], now ['down', 'up']" in error
 
 
-def test_colour_images_through_the_whole_chain(tiny, tmp_path, capsys):
+@pytest.mark.parametrize(("size", "stem"), [(32, 4), (64, 2)])
+def test_colour_images_through_the_whole_chain(size, stem, tiny, tmp_path, capsys):
     folder = colour(tmp_path / "cifar")
-    flags = ["--quick", "--device", "cpu", "--data", str(folder), "--image-size", "32"]
+    flags = ["--quick", "--device", "cpu", "--data", str(folder)]
+    flags += ["--image-size", str(size), "--stem", str(stem)]
     assert train.main([*flags, "--name", "colour"]) == 0
     assert " - " in capsys.readouterr().out  # no test images, no test accuracy
     model, meta = checkpoint.load(tmp_path / "runs" / "colour" / "pruned_resnet18.pth")
     assert meta["parameters"] == 100_000 and not meta["grey"]
+    assert (meta["image_size"], meta["stem"]) == (size, stem)
     assert all(model.conv1.weight[:, channel].any() for channel in range(3))
     weights = str(tmp_path / "runs" / "colour" / "pruned_resnet18.pth")
     predictions = []
