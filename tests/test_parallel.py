@@ -10,9 +10,9 @@ from pathlib import Path
 
 import faults
 import pytest
+import ranks
 import tiny as shrunk
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import checkpoint
@@ -46,18 +46,22 @@ def folder(tmp_path):
 def test_two_processes_follow_one_and_go_on_where_one_was_stopped(folder, tmp_path):
     alone = tmp_path / "alone"
     shrunk.write_images(alone / "data")
-    assert faults.run(alone, WIDE="1").returncode == 0
-    assert faults.run(folder, DIE="step 7", WIDE="1").returncode == -9  # in the second epoch of six
-    ended = torchrun(folder, 2, WIDE="1")
+    assert faults.run(alone).returncode == 0
+    assert faults.run(folder, DIE="step 7").returncode == -9  # in the second epoch of six
+    ended = torchrun(folder, 2)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("pruned 2/2    2/2") == 1  # only one of them speaks
     assert ended.stderr.count("100000 parameters left") == 2  # but both have the same count
     one, two = rows(alone), rows(folder)
     assert [r["parameters"] for r in one] == [r["parameters"] for r in two]
     for a, b in zip(one, two, strict=True):
-        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.01)
+        rel = (
+            0.03 if a["stage"] == "pruned" else 1e-4
+        )  # a cut may take one more here, one less there
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=rel)
     path = folder / "runs" / "quick-seed0" / "pruned_resnet18.pth"
-    assert checkpoint.load(path)[1]["parameters"] == 100_000
+    with shrunk.narrow():
+        assert checkpoint.load(path)[1]["parameters"] == 100_000
 
 
 def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):
@@ -72,25 +76,13 @@ def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):
     assert "64 processes cannot share batches of 32 equally" in capsys.readouterr().err
 
 
-def _batchnorm(rank, port, results):
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    x = torch.randn(8, 3, 5, 5, dtype=torch.double) * 3 + 1
-    layer = parallel.synchronize_batchnorm_(torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double())
-    mine = x[4 * rank : 4 * rank + 4].requires_grad_()
-    out = layer(mine)
-    (out**3).sum().backward()
-    results[rank] = (out.detach(), mine.grad, layer[0].running_mean, layer[0].running_var)
-    dist.destroy_process_group()
-
-
 def test_synchronized_batchnorm_is_batchnorm_of_the_whole_batch():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_batchnorm, (port, results), nprocs=2)
+        mp.spawn(ranks.batchnorm, (port, results), nprocs=2)
         first, second = results[0], results[1]
     torch.manual_seed(0)
     x = (torch.randn(8, 3, 5, 5, dtype=torch.double) * 3 + 1).requires_grad_()

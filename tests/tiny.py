@@ -5,7 +5,6 @@
 Images and runs are in FOLDER. With DIE="step 7" in the environment it kills itself (SIGKILL) in its
 seventh training step; likewise "write 7", in the middle of writing a file, and "rename 7", just
 before a finished file gets its name. With STOP="step 7" it sends itself a SIGTERM instead.
-With WIDE=1 the networks are those of the program.
 """
 
 import contextlib
@@ -157,7 +156,7 @@ def main() -> int:
     for name, number in (("DIE", signal.SIGKILL), ("STOP", signal.SIGTERM)):
         if moment := os.environ.get(name):
             _signal_at(moment, number)
-    with contextlib.nullcontext() if "WIDE" in os.environ else narrow():
+    with narrow():
         return train.main(["--quick", "--device", "cpu", "--data", str(folder / "data"), *flags])
 
 
