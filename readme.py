@@ -273,7 +273,8 @@ def speed_tables(measured: dict) -> list[str]:
         "| step of distillation while pruning, 256 images | ms |",
         "|---|---|",
         f"| `train.py` | {loops['ours']:,.0f} |",
-        f"| its networks alone, on a batch that is there already | {loops['bare']:,.0f} |",
+        "| its networks alone, zeros multiplied, on a batch that is there already "
+        f"| {loops['bare']:,.0f} |",
         "| as it is usually written: PIL in DataLoader workers, fp32, metrics at each step "
         f"| {loops['usual']:,.0f} |",
         "",
