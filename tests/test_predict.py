@@ -189,6 +189,8 @@ def test_stopped_it_leaves_everything_as_it_was(number, flags, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     before = sorted(tmp_path.iterdir())
+    # What a shell starts in the background ignores Ctrl-C, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([sys.executable, SCRIPT, *flags, pipe], stderr=subprocess.PIPE)
     with pipe.open("wb") as file:  # 30,000 images are announced, 20,000 come
         header = bytes((0, 0, 8, 3)) + np.array((30_000, 28, 28), ">i4").tobytes()
