@@ -13,7 +13,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from plan import Map, Plan, Product
+from plan import Plan, Product
 
 F32, I32, I64, PTR, VOID = (
     ir.FloatType(),
@@ -156,62 +156,6 @@ class Code:
                     self._store(b, best, to, place)
 
         loop(b, I64(0), I64(len(p.bias)), 1, row)
-        b.ret_void()
-        return function
-
-    def gradient(self, p: Product, name: str) -> ir.Function:
-        """void name(source, gradient, sums): of the loss by each weight of `p`, for one tile, added
-        to `sums`, float32 in the order of p.values."""
-        function, b = self.function(name, [PTR, PTR, PTR])
-        source, gradient, results = function.args
-        multiply_add = self._multiply_add(self.cell)
-        add_up = self._intrinsic(f"llvm.vector.reduce.fadd.v{self.images}f32", F32, F32, self.cell)
-        zero = ir.Constant(self.cell, [0.0] * self.images)
-        pieces = -(-len(p.vectors) // (self.sums - 4))
-        size = -(-len(p.vectors) // pieces)
-
-        def row(o: ir.Value) -> None:
-            start, stop = (self._entry(b, p.first, b.add(o, I64(i))) for i in (0, 1))
-            start, stop = b.sext(start, I64), b.sext(stop, I64)
-            at = self._at(b, gradient, b.mul(o, I64(p.target.stride)))
-            for begin in range(0, len(p.vectors), size):
-                piece = p.vectors[begin : begin + size]
-                held = [self._load(b, at, place) for _, place, _ in piece]
-
-                def weight(k: ir.Value, piece=piece, held=held) -> None:
-                    tap = self._at(b, source, b.sext(self._entry(b, p.taps, k), I64))
-                    sums = [zero] * min(4, len(piece))
-                    for i, ((place, _, _), factor) in enumerate(zip(piece, held, strict=True)):
-                        x = self._load(b, tap, place)
-                        sums[i % 4] = b.call(multiply_add, [x, factor, sums[i % 4]])
-                    while len(sums) > 1:
-                        sums = [b.fadd(sums[0], sums[1]), *sums[2:]]
-                    at = b.gep(results, [k], source_etype=F32)
-                    before = b.load(at, typ=F32)
-                    b.store(b.call(add_up, [before, sums[0]], fastmath=("reassoc",)), at)
-
-                loop(b, start, stop, 1, weight)
-
-        loop(b, I64(0), I64(len(p.bias)), 1, row)
-        b.ret_void()
-        return function
-
-    def spread(self, size: int, target: Map, step: int, name: str) -> ir.Function:
-        """void name(source, target): a map without border, `size` pixels a side, copied to every
-        `step`-th pixel of every `step`-th row of `target`, for one tile."""
-        function, b = self.function(name, [PTR, PTR])
-        source, to = function.args
-
-        def pixel(c: ir.Value, y: ir.Value, x: ir.Value) -> None:
-            read = b.add(b.mul(b.add(b.mul(c, I64(size)), y), I64(size)), x)
-            row = b.add(b.mul(c, I64(target.side)), b.mul(y, I64(step)))
-            written = b.add(b.mul(row, I64(target.side)), b.mul(x, I64(step)))
-            value = self._load(b, source, read)
-            self._store(b, value, to, b.add(written, I64(target.at(0, 0))))
-
-        loop(b, I64(0), I64(target.channels), 1, lambda c: loop(
-            b, I64(0), I64(size), 1, lambda y: loop(
-                b, I64(0), I64(size), 1, lambda x: pixel(c, y, x))))  # fmt: skip
         b.ret_void()
         return function
 

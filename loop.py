@@ -23,6 +23,7 @@ from tqdm import tqdm
 import augment
 import models
 import parallel
+import plan
 import prune
 import rewrite
 import sparsegrad
@@ -97,7 +98,10 @@ class Setup:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def frozen(self, model: nn.Module) -> nn.Module:
-        """A copy for fast forward passes only, see `rewrite.frozen`."""
+        """A copy for fast forward passes only: without its zeros if that is faster, or as
+        `rewrite.frozen` makes it."""
+        if plan.pays(model, self.image_size, self.device):
+            return SparseResNet(rewrite.untrimmed(model), self.image_size, self.grey)
         return rewrite.frozen(model, self.device, self.bf16, self.image_size)
 
 
@@ -130,7 +134,7 @@ class Teacher:
         if batch is not None and batch in self.kept:
             return self.kept[batch]
         with torch.no_grad():
-            logits = self.network(images.to(self.network.fc.weight.dtype)).float()
+            logits = self.network(images.to(next(self.network.parameters()).dtype)).float()
         if batch is not None:
             self.kept[batch] = logits
         return logits
@@ -252,11 +256,14 @@ class Network:
         changed = masks is not self.masks
         self.masks = masks
         weights = prune.weights(self.model)
-        self._masked = [(weights[name], mask.to(weights[name])) for name, mask in masks.items()]
+        factors = {
+            name: torch.empty_like(weights[name]).copy_(mask) for name, mask in masks.items()
+        }
+        self._masked = [(weights[name], factor) for name, factor in factors.items()]
         prune.apply_(self.model, masks)
         prune.apply_(self.average.module, masks)
         if changed and parallel.processes() == 1:
-            self.sparse = sparsegrad.pays(self.model, self.setup.image_size)
+            self.sparse = sparsegrad.pays(self.model, self.setup.image_size, self.setup.bf16)
 
     def cut(self, budget: int, images: Iterable[Tensor]) -> None:
         """Prune to `budget`, refresh BatchNorm's statistics on `images`, restart the average."""
@@ -491,8 +498,7 @@ def fit(
         losses, accuracy = progress.result()
         _check_finite(losses, part.title, epoch)
         val, val_average = (
-            validate(m, images.val, setup, network.sparse is not None)
-            for m in (network.model, network.average.module)
+            validate(m, images.val, setup) for m in (network.model, network.average.module)
         )
         if epoch + 1 >= len(part.cuts):
             best = _better(best, epoch + 1, network, val, val_average)
@@ -554,15 +560,9 @@ def _say(part: Part, row: dict) -> None:
     )
 
 
-def validate(
-    model: nn.Module, val: tuple[Tensor, Tensor] | None, setup: Setup, skip_zeros: bool = False
-) -> float | None:
+def validate(model: nn.Module, val: tuple[Tensor, Tensor] | None, setup: Setup) -> float | None:
     """Accuracy on (images, labels) in the precision of training; None without images."""
     if val is None:
         return None
     images_u8, labels = val
-    if skip_zeros:
-        fast = SparseResNet(rewrite.untrimmed(model), setup.image_size, setup.grey)
-    else:
-        fast = setup.frozen(model)
-    return models.accuracy(models.infer(fast, images_u8), labels)
+    return models.accuracy(models.infer(setup.frozen(model), images_u8), labels)

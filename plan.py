@@ -6,15 +6,18 @@ each weight adds its multiple of a shifted input map. BatchNorm is folded in, ta
 meet padding are left out, equal input channels are one.
 """
 
+import copy
 import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+import prune
 import rewrite
 
 LARGEST = 64  # pixels a side of the images for `sparse.py`, whose code has every position
+PAYS = 1 / 4  # of the weights that meet a map: with more, dense products are as fast (LOG.md)
 
 
 @dataclass
@@ -144,6 +147,15 @@ def product(
     values[place] = live[o, c, ky, kx]
     rows = first.int(), taps.int(), values, bias.clone()
     return Product(name, source, target, vectors, *rows, unroll=unroll, **options)
+
+
+def pays(model: nn.Module, image_size: int, device: torch.device) -> bool:
+    """Whether skipping the zeros is faster than multiplying them: for few weights, on the CPU."""
+    if device.type != "cpu" or image_size > LARGEST:
+        return False
+    weights = prune.weights(rewrite.trim_(copy.deepcopy(model), image_size)).values()
+    left = sum(int(weight.count_nonzero()) for weight in weights)
+    return left < PAYS * sum(weight.numel() for weight in weights)
 
 
 def _size(size: int, layer: nn.Conv2d | nn.MaxPool2d) -> int:

@@ -28,7 +28,6 @@ import checkpoint
 import data
 import models
 import plan
-import prune
 import shell
 
 SHEET = 64  # images that --show shows
@@ -102,12 +101,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def choose_engine(
     wanted: str, model: nn.Module, meta: dict, device: torch.device
 ) -> tuple[str, nn.Module]:
-    """("dense" or "sparse", what runs the network). Sparse pays if most of the weights are zero."""
+    """("dense" or "sparse", what runs the network)."""
     size, grey = meta.get("image_size", 28), meta.get("grey", True)
     if wanted == "auto":
-        zeros = meta["parameters"] < sum(w.numel() for w in prune.weights(model).values()) / 2
-        pays = zeros and device.type == "cpu" and size <= plan.LARGEST
-        wanted = "sparse" if pays else "dense"
+        wanted = "sparse" if plan.pays(model, size, device) else "dense"
     if wanted == "dense":
         return wanted, model
     for wrong, reason in (

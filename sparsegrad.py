@@ -7,7 +7,9 @@ they get gradients.
 As in sparse.py a vector register holds one value of 16 images, a convolution is one loop over its
 weights. Its gradient by the input is a convolution again, with the same weights transposed and
 mirrored; that by a weight is the sum of products of two maps, one of them shifted. Activations are
-float32 (tiles, channels, positions, images of a tile); BatchNorm, ReLU and the rest are PyTorch's.
+float32 (tiles, channels, positions, images of a tile). What is not multiplied costs as much as what
+is: maps are larger than caches, so each is read as seldom as BatchNorm's statistics allow, twice
+forward and twice backward, and its memory is used again in the next step.
 """
 
 import ctypes
@@ -18,210 +20,345 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+import llvmgrad
 import llvmsource
 import plan
-from llvmsource import PTR
 from plan import Map
 
-PAYS = 1 / 8  # of the dense network's multiply-adds: with more, it is as fast (LOG.md)
+# Of the dense network's multiply-adds; with more, that is as fast: in fp32, in bf16 (LOG.md).
+PAYS = 1 / 4, 1 / 8
 
 
-class Convolution:
-    """One convolution of a network, whose weights that are not zero stay where they are.
+def _flat(x: Tensor) -> Tensor:
+    """All of a dense tensor, in the order of its memory."""
+    return x.as_strided((x.numel(),), (1,))
 
-    For square maps of `size` pixels a side in tiles of `images`.
+
+def _at(x: Tensor, tile: int = 0) -> int:
+    """The address of a tile of contiguous `x`."""
+    return x.data_ptr() + 4 * tile * x.stride(0)
+
+
+class Unit:
+    """A convolution, whose weights that are not zero stay where they are, its BatchNorm and ReLU.
+
+    For square maps of `size` pixels a side in tiles of `images`. `relu`: not behind a downsample.
+    `adds`: the shortcut, before the ReLU. `onto`: its gradient is added to another's, that of the
+    shortcut. `first`: nobody asks for a gradient by its input.
     """
 
-    def __init__(self, conv: nn.Conv2d, size: int, images: int):
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d,
+        size: int,
+        images: int,
+        relu: bool = True,
+        adds: bool = False,
+        onto: bool = False,
+        first: bool = False,
+    ):
+        self.conv, self.norm = conv, norm
+        self.relu, self.adds, self.first = relu, adds, first
         weight = conv.weight.detach()
-        o, c, kernel, _ = weight.shape
-        stride, padding = conv.stride[0], conv.padding[0]
-        self.size, self.stride = size, stride
-        self.size_out = (size + 2 * padding - kernel) // stride + 1
-        self.images = images
+        self.channels, c, kernel, _ = weight.shape
+        self.stride, padding = conv.stride[0], conv.padding[0]
+        self.size, self.size_out = size, (size + 2 * padding - kernel) // self.stride + 1
         back = kernel - 1 - padding
         self.padded = Map(0, c, size, padding)
-        self.spread = Map(0, o, size, back)  # the gradient, its pixels `stride` apart
+        self.spread = Map(0, self.channels, size, back)  # the gradient, its pixels `stride` apart
         # The numbers of the weights, from 1, take the weights' place: exact below 2**24.
-        numbers = torch.arange(1.0, weight.numel() + 1).view_as(weight) * (weight != 0)
-        mirrored = numbers.transpose(0, 1).flip(2, 3)
-        y, dx = Map(0, o, self.size_out, 0), Map(0, c, size, 0)
-        self.forward = plan.product("", numbers, torch.zeros(o), self.padded, y, stride, padding)
-        self.backward = plan.product("", mirrored, torch.zeros(c), self.spread, dx, 1, back)
-        self.filled = [p.values.nonzero().squeeze(1) for p in (self.forward, self.backward)]
-        products = zip((self.forward, self.backward), self.filled, strict=True)
-        self.numbers = [p.values[filled].long() - 1 for p, filled in products]
+        numbers = torch.empty_like(weight)
+        _flat(numbers).copy_(torch.arange(1.0, weight.numel() + 1))
+        numbers = numbers * (weight != 0)
+        y, dx = Map(0, self.channels, self.size_out, 0), Map(0, c, size, 0)
+        zeros = torch.zeros(self.channels), torch.zeros(c)
+        self.products = [plan.product("", numbers, zeros[0], self.padded, y, self.stride, padding)]
+        if not first:
+            mirrored = numbers.transpose(0, 1).flip(2, 3)
+            args = mirrored, zeros[1], self.spread, dx, 1, back
+            self.products.append(plan.product("", *args, add=onto))
+        self.filled = [p.values.nonzero().squeeze(1) for p in self.products]
+        pairs = zip(self.products, self.filled, strict=True)
+        self.numbers = [p.values[filled].long() - 1 for p, filled in pairs]
+        row = int(self.products[0].first.diff().max())  # weights of the fullest output channel
+        self.scratch = {
+            "padded": self.padded.channels * self.padded.stride * images,
+            "spread": self.spread.channels * self.spread.stride * images,
+            "row": row * images,
+        }
 
-    def write(self, code: llvmsource.Code, n: int) -> None:
-        """The functions forward<n>(x, y, padded) and
-        backward<n>(x, dy, dx, padded, spread, sums)."""
-        pad = code.spread(self.size, self.padded, 1, f"pad{n}")
-        spread = code.spread(self.size_out, self.spread, self.stride, f"spread{n}")
-        forward = code.product(self.forward, f"product{n}")
-        backward = code.product(self.backward, f"transposed{n}")
-        gradient = code.gradient(self.forward, f"gradient{n}")
-        function, b = code.function(f"forward{n}", [PTR] * 3)
-        x, y, padded = function.args
+    def write(self, code: llvmgrad.TrainingCode, n: int) -> dict[str, int]:
+        """The functions forward<n>(x, padded, y, sums) and backward<n>(x, dy, y, factors, padded,
+        spread, row, sums, dx), and names of all that are called, with the number of arguments."""
+        channels, positions = self.channels, self.size_out**2
+        moments = code.moments(channels, positions)
+        pad = code.pad(self.size, self.padded)
+        product = code.product(self.products[0], f"product{n}")
+        combine = code.combine(self.size_out, self.spread, self.stride)
+        gradient = code.gradient(self.products[0], self.spread, self.stride, f"gradient{n}")
+        normalize = code.normalize(channels, positions, self.adds, self.relu)
+        norm_gradient = code.norm_gradient(channels, positions, self.relu)
+        function, b = code.function(f"forward{n}", [llvmsource.PTR] * 4)
+        x, padded, y, sums = function.args
         b.call(pad, [x, padded])
-        b.call(forward, [padded, y, y])
+        b.call(product, [padded, y, y])
+        b.call(moments, [y, sums])
         b.ret_void()
-        function, b = code.function(f"backward{n}", [PTR] * 6)
-        x, dy, dx, padded, scattered, sums = function.args
+        function, b = code.function(f"backward{n}", [llvmsource.PTR] * 9)
+        x, dy, y, factors, padded, spread, row, sums, dx = function.args
         b.call(pad, [x, padded])
-        b.call(gradient, [padded, dy, sums])
-        b.call(spread, [dy, scattered])
-        b.call(backward, [scattered, dx, dx])
+        b.call(combine, [dy, y, factors, spread])
+        b.call(gradient, [padded, spread, row, sums])
+        if not self.first:
+            transposed = code.product(self.products[1], f"transposed{n}")
+            b.call(transposed, [spread, dx, dx])
         b.ret_void()
+        self.normalize_name, self.norm_gradient_name = normalize.name, norm_gradient.name
+        return {f"forward{n}": 4, f"backward{n}": 9, normalize.name: 5, norm_gradient.name: 5}
 
-    def set(self, weight: Tensor) -> None:
-        """Take over the values of `weight`."""
-        for p, filled, numbers in zip(
-            (self.forward, self.backward), self.filled, self.numbers, strict=True
-        ):
-            p.values[filled] = weight.detach().flatten()[numbers]
+    def set(self) -> None:
+        """Take over the values of the weights."""
+        values = _flat(self.conv.weight.detach())
+        for p, filled, numbers in zip(self.products, self.filled, self.numbers, strict=True):
+            p.values[filled] = values[numbers]
+
+    def statistics(self, moments: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance, float64 (channels,), of `n` values a channel, from `moments` (tiles,
+        2, channels); BatchNorm's running ones follow."""
+        means, squares = moments.double().unbind(1)
+        mean = means.mean(0)  # of tiles of equal size; Chan et al., 1983
+        variance = squares.sum(0) / n + (means - mean).square().mean(0)
+        norm = self.norm
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean.float(), norm.momentum)
+        norm.running_var.lerp_((variance * (n / (n - 1))).float(), norm.momentum)
+        return mean, variance
 
 
-class _Convolve(torch.autograd.Function):
+class _Body(torch.autograd.Function):
+    """All units of a SparseForward, as one function of their parameters."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, engine: "SparseForward", n: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.engine, ctx.n = engine, n
-        conv = engine.convolutions[n]
-        conv.set(weight)
-        y = x.new_empty(len(x), conv.forward.target.channels, conv.size_out**2, conv.images)
-        function = getattr(engine.compiled, f"forward{n}")
-
-        def tile(t: int, scratch: list[Tensor]) -> None:
-            function(_at(x, t), _at(y, t), scratch[0].data_ptr())
-
-        engine.each_tile(len(x), n, tile)
-        return y
+    def forward(ctx, engine: "SparseForward", images: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.engine = engine
+        return engine.forward(images)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        (x, weight), engine, n = ctx.saved_tensors, ctx.engine, ctx.n
-        conv, dy, dx = engine.convolutions[n], dy.contiguous(), torch.empty_like(x)
-        function = getattr(engine.compiled, f"backward{n}")
-        # Each tile has sums of its own: added in whatever order, they would be rounded differently.
-        sums = torch.zeros(len(x), len(conv.forward.values))
-
-        def tile(t: int, scratch: list[Tensor]) -> None:
-            padded, spread = (memory.data_ptr() for memory in scratch)
-            function(_at(x, t), _at(dy, t), _at(dx, t), padded, spread, _at(sums, t))
-
-        engine.each_tile(len(x), n, tile)
-        dweight = torch.zeros(weight.numel())
-        dweight[conv.numbers[0]] = sums.sum(0)[conv.filled[0]]
-        return dx, dweight.view_as(weight), None, None
-
-
-def _at(x: Tensor, tile: int) -> int:
-    """The address of a tile of contiguous `x`."""
-    return x.data_ptr() + 4 * tile * x.stride(0)
+        return None, None, *ctx.engine.backward(dy.contiguous())
 
 
 class SparseForward:
     """`model(images)`, with gradients, of a ResNet of basic blocks in training.
 
     Weights that are zero when this is made stay zero: they are neither multiplied nor get a
-    gradient. The first convolution is dense. The number of images must be a multiple of `images`,
-    those of a tile. Compiled when it is first called.
+    gradient. The number of images must be a multiple of `images`, those of a tile. Each call's
+    gradients must be asked for before the next call. Compiled when it is first called.
     """
 
     def __init__(self, model: nn.Module, image_size: int):
         self.model = model
         self.images, _ = llvmsource.host()
-        self.convolutions: list[Convolution] = []
-        self.numbers: dict[nn.Module, int] = {}
-        probe = torch.zeros(1, 3, image_size, image_size)
-        with torch.no_grad():
-            size = model.maxpool(model.conv1(probe)).shape[-1]
-        for block in self._blocks():
-            convs = [(block.conv1, size)]
+        self.units: list[Unit] = []
+        stem = self._add(model.conv1, model.bn1, image_size, first=True)
+        self.pool, size = None, stem.size_out
+        if not isinstance(model.maxpool, nn.Identity):
+            pool = model.maxpool
+            self.pool = pool.kernel_size, pool.stride, pool.padding
+            size = (size + 2 * pool.padding - pool.kernel_size) // pool.stride + 1
+        self.pooled = size
+        self.blocks: list[tuple[Unit, Unit, Unit | None]] = []
+        for block in [
+            b for m in (model.layer1, model.layer2, model.layer3, model.layer4) for b in m
+        ]:
+            inner = self._add(block.conv1, block.bn1, size, onto=True)
+            outer = self._add(block.conv2, block.bn2, inner.size_out, adds=True)
+            down = None
             if block.downsample is not None:
-                convs.append((block.downsample[0], size))
-            for conv, at in convs:
-                self._add(conv, at)
-            size = self.convolutions[self.numbers[block.conv1]].size_out
-            self._add(block.conv2, size)
+                down = self._add(*block.downsample, size, relu=False)
+            self.blocks.append((inner, outer, down))
+            size = inner.size_out
         self.threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.threads)
-        self._maps: list[dict[tuple, Tensor]] = [{} for _ in range(self.threads)]
+        self._memory: dict[tuple, Tensor] = {}
+
+    def _add(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, size: int, **options) -> Unit:
+        self.units.append(Unit(conv, norm, size, self.images, **options))
+        return self.units[-1]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all units, in the order of the gradients from `backward`."""
+        units = self.units
+        return [p for u in units for p in (u.conv.weight, u.norm.weight, u.norm.bias)]
 
     @property
     def multiply_adds(self) -> int:
-        """For one forward pass of one image, without the first convolution and the classifier."""
-        return sum(len(conv.numbers[0]) * conv.size_out**2 for conv in self.convolutions)
+        """For one forward pass of one image, without the classifier."""
+        return sum(len(unit.numbers[0]) * unit.size_out**2 for unit in self.units)
 
     @property
     def dense_multiply_adds(self) -> int:
         """The same if no weight was zero."""
-        return sum(
-            conv.weight.numel() * self.convolutions[n].size_out ** 2
-            for conv, n in self.numbers.items()
-        )
+        return sum(unit.conv.weight.numel() * unit.size_out**2 for unit in self.units)
 
     @functools.cached_property
     def compiled(self) -> llvmsource.Compiled:
-        code, names = llvmsource.Code(self.images), {}
-        for n, conv in enumerate(self.convolutions):
-            conv.write(code, n)
-            names |= {f"forward{n}": [ctypes.c_void_p] * 3, f"backward{n}": [ctypes.c_void_p] * 6}
-        return llvmsource.Compiled(code, names)
+        code, names = llvmgrad.TrainingCode(self.images), {}
+        for n, unit in enumerate(self.units):
+            names |= unit.write(code, n)
+        if self.pool is not None:
+            stem = self.units[0]
+            shape = stem.channels, stem.size_out, self.pool
+            self._pools = code.pool(*shape).name, code.pool_gradient(*shape).name
+            names |= dict(zip(self._pools, (2, 4), strict=True))
+        kinds = {name: [ctypes.c_void_p] * count for name, count in names.items()}
+        return llvmsource.Compiled(code, kinds)
 
-    def _blocks(self) -> list[nn.Module]:
-        m = self.model
-        return [block for stage in (m.layer1, m.layer2, m.layer3, m.layer4) for block in stage]
+    def _map(self, key: object, *shape: int, zero: bool = False) -> Tensor:
+        """Memory that is the same at each call; `key` is its owner's."""
+        kept = self._memory.get((key, *shape))
+        if kept is None:
+            kept = self._memory[(key, *shape)] = (torch.zeros if zero else torch.empty)(shape)
+        return kept
 
-    def _add(self, conv: nn.Conv2d, size: int) -> None:
-        self.numbers[conv] = len(self.convolutions)
-        self.convolutions.append(Convolution(conv, size, self.images))
-
-    def _map(self, thread: int, m: Map, kind: str) -> Tensor:
-        """Memory of a thread for a map; what is written there is the same places each time."""
-        key = kind, m.channels, m.size, m.border
-        if key not in self._maps[thread]:
-            self._maps[thread][key] = torch.zeros(m.channels * m.stride * self.images)
-        return self._maps[thread][key]
-
-    def each_tile(self, tiles: int, n: int, work: Callable[[int, list[Tensor]], None]) -> None:
-        """work(tile, [padded, spread]) for all tiles, in as many threads as PyTorch has."""
-        conv = self.convolutions[n]
+    def _each_tile(self, tiles: int, work: Callable[[int, int], None]) -> None:
+        """work(tile, thread) for all tiles, in as many threads as PyTorch has."""
         left = iter(range(tiles))  # shared: a thread that is held up leaves its tiles to others
 
         def run(thread: int) -> None:
-            padded = self._map(thread, conv.padded, "padded")
-            spread = self._map(thread, conv.spread, f"spread {conv.stride}")
             for tile in left:
-                work(tile, [padded, spread])
+                work(tile, thread)
 
         others = [self._pool.submit(run, thread) for thread in range(1, min(self.threads, tiles))]
         run(0)
         for other in others:
             other.result()
 
-    def _conv(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return _Convolve.apply(x, conv.weight, self, self.numbers[conv])
+    def _scratch(self, unit: Unit, kinds: tuple[str, ...]) -> list[list[int]]:
+        """For each thread, addresses of memories of these kinds. Borders are zero, and stay it, as
+        all units of equal shapes write the same places."""
+        shapes = {
+            "padded": (unit.padded.size, unit.padded.border),
+            "spread": (unit.spread.size, unit.spread.border, unit.stride, unit.size_out),
+            "row": (),
+        }
+
+        def memory(kind: str, thread: int) -> int:
+            key = (kind, thread, *shapes[kind])
+            return _at(self._map(key, unit.scratch[kind], zero=True))
+
+        return [[memory(kind, thread) for kind in kinds] for thread in range(self.threads)]
+
+    def _unit(self, unit: Unit, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """What the unit makes of `x` (tiles, channels, positions, images of a tile)."""
+        unit.set()
+        n, tiles = self.units.index(unit), len(x)
+        shape = tiles, unit.channels, unit.size_out**2, self.images
+        raw, y = self._map((n, "raw"), *shape), self._map((n, "y"), *shape)
+        moments = self._map("sums", tiles, 2, unit.channels)
+        scratch = self._scratch(unit, ("padded",))
+        first = getattr(self.compiled, f"forward{n}")
+        self._each_tile(
+            tiles, lambda t, i: first(_at(x, t), *scratch[i], _at(raw, t), _at(moments, t))
+        )
+        mean, variance = unit.statistics(moments, raw.numel() // unit.channels)
+        inverse = (variance + unit.norm.eps).rsqrt()
+        scale = unit.norm.weight.detach() * inverse
+        shift = (unit.norm.bias.detach() - mean * scale).float()
+        scale = scale.float()
+        second = getattr(self.compiled, unit.normalize_name)
+        added = y if shortcut is None else shortcut
+        channels = _at(scale), _at(shift)
+        self._each_tile(
+            tiles, lambda t, i: second(_at(raw, t), _at(added, t), _at(y, t), *channels)
+        )
+        unit.kept = x, raw, y, mean, inverse
+        return y
+
+    def _unit_gradient(self, unit: Unit, dy: Tensor, dx: Tensor | None) -> None:
+        """The gradients of the unit's parameters, and that of its input, in `dx`, or added to it;
+        `dy` becomes the gradient of what the ReLU is of."""
+        n, tiles = self.units.index(unit), len(dy)
+        x, raw, y, mean, inverse = unit.kept
+        sums = self._map("sums", tiles, 2, unit.channels)
+        middle = mean.float()
+        first = getattr(self.compiled, unit.norm_gradient_name)
+        self._each_tile(
+            tiles,
+            lambda t, i: first(_at(dy, t), _at(y, t), _at(raw, t), _at(middle), _at(sums, t)),
+        )
+        # Ioffe and Szegedy, arXiv 1502.03167: what the mean and the variance carry is subtracted.
+        total, product = sums.double().sum(0)
+        values = raw.numel() // unit.channels
+        factor = unit.norm.weight.detach() * inverse
+        slope = -factor * inverse.square() * product / values
+        constant = -factor * total / values - slope * mean
+        factors = torch.stack((factor, slope, constant)).float()
+        # Each tile has sums of its own: added in whatever order, they would be rounded differently.
+        products = self._map((n, "gradients"), tiles, len(unit.products[0].values))
+        scratch = self._scratch(unit, ("padded", "spread", "row"))
+        second = getattr(self.compiled, f"backward{n}")
+
+        def work(t: int, i: int) -> None:
+            to = 0 if dx is None else _at(dx, t)
+            inputs = _at(x, t), _at(dy, t), _at(raw, t), _at(factors)
+            second(*inputs, *scratch[i], _at(products, t), to)
+
+        self._each_tile(tiles, work)
+        weight = torch.zeros_like(unit.conv.weight)
+        _flat(weight)[unit.numbers[0]] = products.sum(0)[unit.filled[0]]
+        unit.gradients = weight, (product * inverse).float(), total.float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The last maps, float32 (tiles, channels, positions, images of a tile)."""
+        x = images.reshape(-1, self.images, images.shape[1], images[0, 0].numel())
+        y = self._unit(self.units[0], x.permute(0, 2, 3, 1).contiguous())
+        if self.pool is not None:
+            full, tiles, channels = y, len(y), y.shape[1]
+            y = self._map("pooled", tiles, channels, self.pooled**2, self.images)
+            pool = getattr(self.compiled, self._pools[0])
+            self._each_tile(tiles, lambda t, i: pool(_at(full, t), _at(y, t)))
+        for inner, outer, down in self.blocks:
+            shortcut = y if down is None else self._unit(down, y)
+            y = self._unit(outer, self._unit(inner, y), shortcut)
+        return y.detach()
+
+    def backward(self, dy: Tensor) -> list[Tensor]:
+        """Gradients of `parameters`, from that of the last maps."""
+        current = self._map("d", *dy.shape).copy_(dy)
+        for inner, outer, down in reversed(self.blocks):
+            x = inner.kept[0]
+            middle = self._map("inner", *current.shape)
+            self._unit_gradient(outer, current, middle)
+            if down is not None:
+                behind, current = current, self._map("d", *x.shape)
+                self._unit_gradient(down, behind, current)
+            self._unit_gradient(inner, middle, current)
+        stem = self.units[0]
+        if self.pool is not None:
+            x, pooled, dy = stem.kept[2], self.blocks[0][0].kept[0], current
+            current = self._map("d", *x.shape)
+            pool = getattr(self.compiled, self._pools[1])
+            self._each_tile(
+                len(x),
+                lambda t, i: pool(_at(x, t), _at(pooled, t), _at(dy, t), _at(current, t)),
+            )
+        self._unit_gradient(stem, current, None)
+        return [gradient for unit in self.units for gradient in unit.gradients]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of `images` (N, 3, H, H)."""
-        m = self.model
-        x = m.maxpool(m.relu(m.bn1(m.conv1(images)))).float()
-        n, channels, height, width = x.shape
-        x = x.reshape(-1, self.images, channels, height * width).permute(0, 2, 3, 1).contiguous()
-        with torch.autocast(x.device.type, enabled=False):
-            for block in self._blocks():
-                shortcut = x
-                if block.downsample is not None:
-                    shortcut = block.downsample[1](self._conv(block.downsample[0], x))
-                x = block.relu(block.bn1(self._conv(block.conv1, x)))
-                x = block.relu(block.bn2(self._conv(block.conv2, x)) + shortcut)
-            return m.fc(x.mean(2).transpose(1, 2).reshape(n, -1))
+        """Logits (N, classes) of float32 `images` (N, 3, H, H)."""
+        with torch.autocast(images.device.type, enabled=False):
+            y = _Body.apply(self, images, *self.parameters)
+            return self.model.fc(y.mean(2).transpose(1, 2).reshape(len(images), -1))
 
 
-def pays(model: nn.Module, image_size: int) -> SparseForward | None:
+def pays(model: nn.Module, image_size: int, bf16: bool) -> SparseForward | None:
     """A SparseForward, where it is faster than the model itself: for few weights, on the CPU."""
     if hasattr(model.layer1[0], "conv3") or model.conv1.weight.device.type != "cpu":
         return None  # bottlenecks are not pruned here
     forward = SparseForward(model, image_size)
-    return forward if forward.multiply_adds < PAYS * forward.dense_multiply_adds else None
+    few = forward.multiply_adds < PAYS[bf16] * forward.dense_multiply_adds
+    return forward if few else None

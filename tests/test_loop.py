@@ -10,6 +10,7 @@ import augment
 import data
 import loop
 import models
+import plan
 import prune
 import train
 
@@ -156,7 +157,7 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
                 assert not weight[~network.masks[name]].any()
 
 
-def test_validation_that_skips_the_zeros_is_validation():
+def test_validation_that_skips_the_zeros_is_validation(monkeypatch):
     torch.manual_seed(0)
     network = loop.Network(models.build("resnet18", 10), loop.Stage(1), SETUP)
     network.cut(100_000, [torch.randn(8, 3, 28, 28)])
@@ -164,8 +165,10 @@ def test_validation_that_skips_the_zeros_is_validation():
     images_u8 = torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8)
     labels = models.infer(network.model, images_u8).argmax(1)
     labels[:90] = (labels[:90] + 1) % 10
-    for skip_zeros in (False, True):
-        share = loop.validate(network.model, (images_u8, labels), SETUP, skip_zeros)
+    assert isinstance(SETUP.frozen(network.model), loop.SparseResNet)
+    for share in (plan.PAYS, 0):
+        monkeypatch.setattr(plan, "PAYS", share)
+        share = loop.validate(network.model, (images_u8, labels), SETUP)
         assert share == pytest.approx(0.7, abs=0.01)
 
 

@@ -24,28 +24,28 @@ def pruned(stem, size, keep=0.05, images=32):
         for weight in prune.weights(model).values():
             weight.mul_(torch.rand_like(weight) < keep).mul_(keep**-0.5)
     batch = torch.randn(images, 3, size, size)
+    batch[..., : size // 2] = -1  # a flat background, where all of a window are the largest
     return model, batch, torch.randint(10, (images,))
 
 
 @pytest.mark.parametrize(("stem", "size"), [(4, 28), (2, 28), (1, 12), (4, 40), (2, 17)])
 def test_gradients_are_those_of_the_dense_network(stem, size):
     model, images, labels = pruned(stem, size)
-    for module in list(model.modules()):  # smooth: else rounding can decide who is below zero
-        if hasattr(module, "relu"):
-            module.relu = torch.nn.SiLU()
-    dense = copy.deepcopy(model).double()
-    logits = sparsegrad.SparseForward(model, size)(images)
-    expected = dense(images.double())
+    dense, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    logits, expected = sparsegrad.SparseForward(model, size)(images), exact(images.double())
     torch.testing.assert_close(logits, expected.float(), rtol=1e-3, atol=1e-4)
     F.cross_entropy(logits, labels).backward()
     F.cross_entropy(expected, labels).backward()
-    for (name, ours), theirs in zip(model.named_parameters(), dense.parameters(), strict=True):
-        grad = theirs.grad.float()
-        if ("conv" in name and name != "conv1.weight") or "downsample.0" in name:
-            assert not ours.grad[ours == 0].any()
-            grad = grad * (ours != 0)
-        assert (ours.grad - grad).norm() <= 1e-4 * grad.norm() + 1e-6, name
-    for (name, ours), theirs in zip(model.named_buffers(), dense.buffers(), strict=True):
+    F.cross_entropy(dense(images), labels).backward()
+    networks = (network.named_parameters() for network in (model, dense, exact))
+    for (name, ours), (_, theirs), (_, best) in zip(*networks, strict=True):
+        kept = ours != 0 if ours.dim() == 4 else torch.ones_like(ours, dtype=bool)
+        assert not ours.grad[~kept].any()
+        grad = best.grad.float() * kept
+        # Rounding decides who is below zero, in the dense network as well.
+        rounding = 2 * (theirs.grad * kept - grad).norm() + 1e-5 * grad.norm() + 1e-6
+        assert (ours.grad - grad).norm() <= rounding, name
+    for (name, ours), theirs in zip(model.named_buffers(), exact.buffers(), strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-3, atol=1e-5, msg=name)
 
 
@@ -55,13 +55,12 @@ def test_the_same_bits_with_any_number_of_threads(monkeypatch):
         model, images, labels = pruned(4, 28, images=64)
         forward = sparsegrad.SparseForward(model, 28)
         monkeypatch.setattr(forward, "threads", threads)
-        monkeypatch.setattr(forward, "_maps", [{} for _ in range(threads)])
         for _ in range(2):  # memories are used again
             model.zero_grad()
             F.cross_entropy(forward(images), labels).backward()
-        gradients.append([model.get_parameter(n).grad for n in ("layer1.0.conv1.weight",)])
-    assert torch.equal(gradients[0][0], gradients[1][0])
-    assert torch.equal(gradients[0][0], gradients[2][0])
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for others in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], others))
 
 
 def test_weights_that_changed_are_used():
@@ -77,18 +76,18 @@ def test_weights_that_changed_are_used():
 
 def test_it_is_used_where_few_weights_are_left():
     model, _, _ = pruned(4, 28, keep=0.5)
-    assert sparsegrad.pays(model, 28) is None
+    assert sparsegrad.pays(model, 28, bf16=False) is None
     model, images, labels = pruned(4, 28)
     setup = loop.Setup(torch.device("cpu"), False, 28, True)
     steps = []
     for sparse in (True, False):
-        network = loop.Network(copy.deepcopy(model), loop.Stage(1, "sgd", 0.01), setup)
+        network = loop.Network(copy.deepcopy(model), loop.Stage(1, "sgd", 0.003), setup)
         network.model.train()
         network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         assert network.sparse is not None
         network.sparse = network.sparse if sparse else None
         targets = F.one_hot(labels, 10).float()
-        losses = [network.step(images, targets, None, 0.01)[0].item() for _ in range(5)]
+        losses = [network.step(images, targets, None, 0.003)[0].item() for _ in range(5)]
         network.step(images[:31], targets[:31], None, 0.01)  # no whole tiles: the model itself
         steps.append((losses, prune.count(network.model)))
     assert steps[0][0] == pytest.approx(steps[1][0], rel=2e-3)

@@ -1,0 +1,285 @@
+"""What training without the zeros needs beside products, in LLVM's language: gradients of weights,
+BatchNorm, ReLU, max-pool, each for one tile of images.
+
+Maps have no border, (channels, positions, images of a tile), unless a `Map` says so. What belongs
+to channels is float32, (channels,); "sums" of a tile are two such rows, one behind the other.
+"""
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+
+from llvmsource import F32, I64, PTR, Code, loop
+from plan import Map, Product
+
+
+class TrainingCode(Code):
+    """A module of functions; those of equal shape are written once."""
+
+    def __init__(self, images: int):
+        super().__init__(images)
+        self.zero = ir.Constant(self.cell, [0.0] * images)
+        self.written: dict[tuple, ir.Function] = {}
+
+    def _shared(self, key: tuple, pointers: int, body: Callable) -> ir.Function:
+        """The function with this key, void (pointers); `body(b, *arguments)` writes it."""
+        if key not in self.written:
+            function, b = self.function("_".join(map(str, key)), [PTR] * pointers)
+            self.written[key] = function
+            body(b, *function.args)
+            b.ret_void()
+        return self.written[key]
+
+    def _channels(self, b: ir.IRBuilder, channels: int, body: Callable) -> None:
+        loop(b, I64(0), I64(channels), 1, body)
+
+    def _sweep(
+        self, b: ir.IRBuilder, n: int, body: Callable, carried: Sequence[ir.Value] = ()
+    ) -> list[ir.Value]:
+        """carried = body(i, *carried) for i in range(n), several at a time."""
+        step = next(s for s in (7, 4, 3, 2, 1) if n % s == 0)
+
+        def several(i: ir.Value, *current: ir.Value) -> Sequence[ir.Value]:
+            for k in range(step):
+                current = body(b.add(i, I64(k)), *current) or ()
+            return current
+
+        return loop(b, I64(0), I64(n), step, several, carried)
+
+    def _number(self, b: ir.IRBuilder, base: ir.Value, index: ir.Value) -> ir.Value:
+        """base[index], the same for all images."""
+        value = b.load(b.gep(base, [index], source_etype=F32), typ=F32)
+        return self._splat(b, value, self.cell)
+
+    def _total(self, b: ir.IRBuilder, value: ir.Value, base: ir.Value, index: ir.Value) -> ir.Value:
+        """base[index] = the sum over the images."""
+        add_up = self._intrinsic(f"llvm.vector.reduce.fadd.v{self.images}f32", F32, F32, self.cell)
+        total = b.call(add_up, [F32(0.0), value], fastmath=("reassoc",))
+        b.store(total, b.gep(base, [index], source_etype=F32))
+        return total
+
+    def pad(self, size: int, target: Map) -> ir.Function:
+        """void (x, target): a map of `size` pixels a side, within the border of `target`."""
+
+        def body(b: ir.IRBuilder, x: ir.Value, to: ir.Value) -> None:
+            self._each_pixel(b, size, target, 1, to, lambda c, at: self._load(b, x, at))
+
+        return self._shared(("pad", target.channels, size, target.border), 2, body)
+
+    def _each_pixel(
+        self,
+        b: ir.IRBuilder,
+        size: int,
+        target: Map,
+        step: int,
+        to: ir.Value,
+        value: Callable[[ir.Value, ir.Value], ir.Value],
+    ) -> None:
+        """value(channel, place) for each pixel, put at every `step`-th one of every `step`-th row
+        of `target`."""
+
+        def row(c: ir.Value, y: ir.Value) -> None:
+            read = b.mul(b.add(b.mul(c, I64(size)), y), I64(size))
+            line = b.add(b.mul(c, I64(target.side)), b.mul(y, I64(step)))
+            written = b.add(b.mul(line, I64(target.side)), I64(target.at(0, 0)))
+
+            def pixel(x: ir.Value) -> None:
+                place = b.add(written, b.mul(x, I64(step)))
+                self._store(b, value(c, b.add(read, x)), to, place)
+
+            self._sweep(b, size, pixel)
+
+        self._channels(b, target.channels, lambda c: loop(
+            b, I64(0), I64(size), 1, lambda y: row(c, y)))  # fmt: skip
+
+    def moments(self, channels: int, positions: int) -> ir.Function:
+        """void (x, sums): each channel's mean, and its sum of squared distances from that."""
+
+        def body(b: ir.IRBuilder, x: ir.Value, sums: ir.Value) -> None:
+            share = F32(1 / (positions * self.images))
+
+            def channel(c: ir.Value) -> None:
+                at = self._at(b, x, b.mul(c, I64(positions)))
+                (total,) = self._sweep(
+                    b, positions, lambda i, s: [b.fadd(s, self._load(b, at, i))], [self.zero]
+                )
+                mean = b.fmul(self._total(b, total, sums, c), share)
+                b.store(mean, b.gep(sums, [c], source_etype=F32))
+                mean = self._splat(b, mean, self.cell)
+
+                def square(i: ir.Value, total: ir.Value) -> list[ir.Value]:
+                    distance = b.fsub(self._load(b, at, i), mean)
+                    return [b.call(self._multiply_add(self.cell), [distance, distance, total])]
+
+                (total,) = self._sweep(b, positions, square, [self.zero])
+                self._total(b, total, sums, b.add(c, I64(channels)))
+
+            self._channels(b, channels, channel)
+
+        return self._shared(("moments", channels, positions), 2, body)
+
+    def normalize(self, channels: int, positions: int, add: bool, relu: bool) -> ir.Function:
+        """void (x, shortcut, y, scale, shift): y = relu(x * scale + shift + shortcut)."""
+
+        def body(b: ir.IRBuilder, *arguments: ir.Value) -> None:
+            x, shortcut, y, scale, shift = arguments
+
+            def channel(c: ir.Value) -> None:
+                factor, summand = self._number(b, scale, c), self._number(b, shift, c)
+                first = b.mul(c, I64(positions))
+
+                def position(i: ir.Value) -> None:
+                    at = b.add(first, i)
+                    inputs = [self._load(b, x, at), factor, summand]
+                    value = b.call(self._multiply_add(self.cell), inputs)
+                    value = b.fadd(value, self._load(b, shortcut, at)) if add else value
+                    self._store(b, self._max(b, self.zero, value) if relu else value, y, at)
+
+                self._sweep(b, positions, position)
+
+            self._channels(b, channels, channel)
+
+        return self._shared(("normalize", channels, positions, int(add), int(relu)), 5, body)
+
+    def norm_gradient(self, channels: int, positions: int, relu: bool) -> ir.Function:
+        """void (dy, y, x, mean, sums): with `relu`, dy becomes 0 where y is; the sums of dy, and of
+        dy * (x - mean)."""
+
+        def body(b: ir.IRBuilder, *arguments: ir.Value) -> None:
+            dy, y, x, mean, sums = arguments
+
+            def channel(c: ir.Value) -> None:
+                middle, first = self._number(b, mean, c), b.mul(c, I64(positions))
+
+                def position(i: ir.Value, total: ir.Value, product: ir.Value) -> list[ir.Value]:
+                    at = b.add(first, i)
+                    value = self._load(b, dy, at)
+                    if relu:
+                        alive = b.fcmp_ordered(">", self._load(b, y, at), self.zero)
+                        value = b.select(alive, value, self.zero)
+                        self._store(b, value, dy, at)
+                    inputs = [value, b.fsub(self._load(b, x, at), middle), product]
+                    return [b.fadd(total, value), b.call(self._multiply_add(self.cell), inputs)]
+
+                totals = self._sweep(b, positions, position, [self.zero, self.zero])
+                for row, total in enumerate(totals):
+                    self._total(b, total, sums, b.add(c, I64(row * channels)))
+
+            self._channels(b, channels, channel)
+
+        return self._shared(("norm_gradient", channels, positions, int(relu)), 5, body)
+
+    def combine(self, size: int, target: Map, step: int) -> ir.Function:
+        """void (dy, x, factors, target): factors[0] * dy + factors[1] * x + factors[2], each of
+        them (channels,), at every `step`-th pixel of every `step`-th row of `target`."""
+
+        def body(b: ir.IRBuilder, *arguments: ir.Value) -> None:
+            dy, x, factors, to = arguments
+
+            def value(c: ir.Value, at: ir.Value) -> ir.Value:
+                a, k, constant = (
+                    self._number(b, factors, b.add(c, I64(row * target.channels)))
+                    for row in range(3)
+                )
+                inner = b.call(self._multiply_add(self.cell), [self._load(b, x, at), k, constant])
+                return b.call(self._multiply_add(self.cell), [self._load(b, dy, at), a, inner])
+
+            self._each_pixel(b, size, target, step, to, value)
+
+        return self._shared(("combine", target.channels, size, target.border, step), 4, body)
+
+    def gradient(self, p: Product, held_map: Map, step: int, name: str) -> ir.Function:
+        """void name(source, gradient, row, sums): of the loss by each weight of `p`, float32 in the
+        order of p.values. `gradient` is like `held_map`, its pixels `step` apart; `row` is memory
+        for a cell of each weight of an output channel."""
+        function, b = self.function(name, [PTR] * 4)
+        source, gradient, partial, results = function.args
+        multiply_add = self._multiply_add(self.cell)
+        size = p.target.size
+        held_at = [held_map.at(y * step, x * step) for y in range(size) for x in range(size)]
+        places = [(read, at) for (read, _, _), at in zip(p.vectors, held_at, strict=True)]
+        pieces = -(-len(places) // (self.sums + 1))  # a register is a sum, the rest are held
+        length = -(-len(places) // pieces)
+
+        def row(o: ir.Value) -> None:
+            start, stop = (self._entry(b, p.first, b.add(o, I64(i))) for i in (0, 1))
+            start, stop = b.sext(start, I64), b.sext(stop, I64)
+            at = self._at(b, gradient, b.mul(o, I64(held_map.stride)))
+            for begin in range(0, len(places), length):
+                piece = places[begin : begin + length]
+                held = [self._load(b, at, place) for _, place in piece]
+
+                def weight(k: ir.Value, begin=begin, piece=piece, held=held) -> None:
+                    tap = self._at(b, source, b.sext(self._entry(b, p.taps, k), I64))
+                    kept = b.sub(k, start)
+                    total = self._load(b, partial, kept) if begin else self.zero
+                    for (read, _), factor in zip(piece, held, strict=True):
+                        total = b.call(multiply_add, [self._load(b, tap, read), factor, total])
+                    if begin + length < len(places):
+                        self._store(b, total, partial, kept)
+                    else:
+                        self._total(b, total, results, k)
+
+                loop(b, start, stop, 1, weight)
+
+        self._channels(b, len(p.bias), row)
+        b.ret_void()
+        return function
+
+    def _each_window(
+        self, b: ir.IRBuilder, channels: int, size: int, pool: tuple[int, int, int], body: Callable
+    ) -> None:
+        """body(place of the output, places of its window's inputs) for each window of a max-pool
+        (kernel, stride, padding). A place outside of the map is replaced by the nearest inside,
+        which the window has as well."""
+        kernel, stride, padding = pool
+        outputs = (size + 2 * padding - kernel) // stride + 1
+
+        def inside(v: ir.Value, tap: int) -> ir.Value:
+            v = b.add(b.mul(v, I64(stride)), I64(tap - padding))
+            v = b.select(b.icmp_signed("<", v, I64(0)), I64(0), v)
+            return b.select(b.icmp_signed(">", v, I64(size - 1)), I64(size - 1), v)
+
+        def window(c: ir.Value, y: ir.Value, x: ir.Value) -> None:
+            lines = [b.add(b.mul(c, I64(size)), inside(y, tap)) for tap in range(kernel)]
+            columns = [inside(x, tap) for tap in range(kernel)]
+            places = [b.add(b.mul(line, I64(size)), k) for line in lines for k in columns]
+            at = b.add(b.mul(b.add(b.mul(c, I64(outputs)), y), I64(outputs)), x)
+            body(at, places)
+
+        self._channels(b, channels, lambda c: loop(
+            b, I64(0), I64(outputs), 1, lambda y: loop(
+                b, I64(0), I64(outputs), 1, lambda x: window(c, y, x))))  # fmt: skip
+
+    def pool(self, channels: int, size: int, pool: tuple[int, int, int]) -> ir.Function:
+        """void (x, y): the largest of each window (kernel, stride, padding)."""
+
+        def body(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> None:
+            def window(at: ir.Value, places: list[ir.Value]) -> None:
+                best = self._load(b, x, places[0])
+                for place in places[1:]:
+                    best = self._max(b, best, self._load(b, x, place))
+                self._store(b, best, y, at)
+
+            self._each_window(b, channels, size, pool, window)
+
+        return self._shared(("pool", channels, size, *pool), 2, body)
+
+    def pool_gradient(self, channels: int, size: int, pool: tuple[int, int, int]) -> ir.Function:
+        """void (x, y, dy, dx): to the first of the largest of each window, as in PyTorch."""
+
+        def body(b: ir.IRBuilder, *arguments: ir.Value) -> None:
+            x, y, dy, dx = arguments
+            self._sweep(b, channels * size * size, lambda i: self._store(b, self.zero, dx, i))
+
+            def window(at: ir.Value, places: list[ir.Value]) -> None:
+                best, rest = self._load(b, y, at), self._load(b, dy, at)
+                for place in places:
+                    hit = b.fcmp_ordered("==", self._load(b, x, place), best)
+                    before = self._load(b, dx, place)
+                    self._store(b, b.fadd(before, b.select(hit, rest, self.zero)), dx, place)
+                    rest = b.select(hit, self.zero, rest)
+
+            self._each_window(b, channels, size, pool, window)
+
+        return self._shared(("pool_gradient", channels, size, *pool), 4, body)
