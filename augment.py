@@ -1,4 +1,4 @@
-"""Batches of images, cropped and mixed: pure functions of a batch.
+"""Batches of images, cropped, erased in part and mixed: pure functions of a batch.
 
 They run where the batch lives, and all randomness comes from the generator passed in.
 """
@@ -100,3 +100,31 @@ def mixup(
     shape = (-1,) + (1,) * (images.dim() - 1)
     mixed = torch.lerp(images.roll(1, 0), images, weight.view(shape))
     return mixed, torch.lerp(targets.roll(1, 0), targets, weight[:, None])
+
+
+def random_erasing(
+    images: Tensor,
+    share: float,
+    generator: Generator,
+    scale: tuple[float, float] = (0.02, 0.25),
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+) -> Tensor:
+    """Random erasing (arXiv 1708.04896): noise in place of a rectangle in a `share` of the images.
+
+    `images` float (N, H, W) or (N, C, H, W) in 0..255, square. Rectangles are drawn as by
+    `crop_boxes`, their pixels uniformly.
+    """
+    if share == 0:
+        return images
+    n, size, device = len(images), images.shape[-1], generator.device
+    boxes = crop_boxes(n, size, generator, scale, ratio).T[:, :, None]
+    top, left, height, width = boxes
+    pixel = torch.arange(size, device=device)
+    rows = (top <= pixel) & (pixel < top + height)
+    columns = (left <= pixel) & (pixel < left + width)
+    chosen = torch.rand(n, 1, 1, generator=generator, device=device) < share
+    erased = rows[:, :, None] & columns[:, None] & chosen
+    if images.dim() == 4:
+        erased = erased[:, None]
+    noise = 255 * torch.rand(images.shape, generator=generator, device=device)
+    return torch.where(erased, noise, images)

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -59,13 +59,14 @@ class Stage:
 @dataclass(frozen=True)
 class Recipe:
     teacher: Stage | None  # None: the dense student teaches what is left of it
-    student: Stage
+    student: Stage | None  # None: a given one is trained on (--student)
     pruned: tuple[Stage, ...]  # rounds of pruning, each from the network before it
     budgets: tuple[int, ...] = ()  # what rounds end with; (): evenly, by their shares, to --budget
     images: int | None = None  # of the training set; None: all
     batch_size: int = 256
     crop_scale: tuple[float, float] = (0.85, 1.0)  # share of the image's area
     mixup_alpha: float = 0.1
+    erased: float = 0.0  # share of the images of which a rectangle is noise
 
 
 @dataclass(frozen=True)
@@ -168,15 +169,18 @@ class Images:
         return chain.from_iterable(self.batches(generator, plain) for _ in range(self.passes))
 
     def batches(self, generator: Generator, plain: bool = False) -> Iterable[tuple[Tensor, Tensor]]:
-        """One pass of (images, targets): cropped and mixed unless `plain`, for the networks."""
+        """One pass of (images, targets) for the networks: cropped, erased and mixed unless
+        `plain`."""
         recipe = self.recipe
-        scale, alpha = ((1.0, 1.0), 0.0) if plain else (recipe.crop_scale, recipe.mixup_alpha)
+        if plain:
+            recipe = replace(recipe, crop_scale=(1.0, 1.0), mixup_alpha=0.0, erased=0.0)
         for index in augment.batches(len(self.labels), self.batch_size, generator):
             images = augment.random_resized_crop(
-                self.images_u8[index], generator, scale, flip=self.flip
+                self.images_u8[index], generator, recipe.crop_scale, flip=self.flip
             )
+            images = augment.random_erasing(images, recipe.erased, generator)
             targets = F.one_hot(self.labels[index], self.classes).float()
-            images, targets = augment.mixup(images, targets, alpha, generator)
+            images, targets = augment.mixup(images, targets, recipe.mixup_alpha, generator)
             yield models.normalize(images), targets
 
 

@@ -71,6 +71,16 @@ RECIPES = {
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
     ),
+    # A network that is given, trained on: as small as it is already, or cut at once. Its zeros cost
+    # nothing, so that training can be long, and augmentation strong.
+    "finetune": Recipe(
+        teacher=None,
+        student=None,
+        pruned=(Stage(40, **_SGD, **_KD, cuts=1),),
+        crop_scale=(0.8, 1.0),
+        mixup_alpha=0.2,
+        erased=0.5,
+    ),
     # Accuracy against size: one ladder whose networks are all kept, one for each budget. After cuts
     # so harsh AdamW recovers faster than SGD, which in longer rounds is as good or better (LOG.md).
     "curve": Recipe(
@@ -98,9 +108,8 @@ def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
     if not ends:
         steps = prune.ladder(largest, budget, sum(shares))
         ends = tuple(steps[sum(shares[: n + 1]) - 1] for n in range(rounds))
-    parts = [Part("student", recipe.student, 1, "student.pth")]
-    if recipe.teacher is not None:
-        parts.insert(0, Part("teacher", recipe.teacher, 0, "teacher.pth"))
+    dense = ("teacher", recipe.teacher), ("student", recipe.student)
+    parts = [Part(name, of, n, f"{name}.pth") for n, (name, of) in enumerate(dense) if of]
     for n, (stage, start, end) in enumerate(
         zip(recipe.pruned, (largest, *ends[:-1]), ends, strict=True)
     ):
@@ -136,18 +145,18 @@ def build(stage: str, settings: dict, classes: int) -> nn.Module:
     return models.build(arch, classes, imagenet, settings["stem"])
 
 
-def given_teacher(run: Run) -> Path | None:
-    """The file of --teacher."""
-    given = run.settings["teacher"]
-    return Path(given["file"]) if given else None
+def given(run: Run, stage: str) -> Path | None:
+    """The file of --teacher or --student."""
+    file = run.settings[stage]
+    return Path(file["file"]) if file else None
 
 
 def teacher_of(run: Run, part: Part) -> Path | None:
     """The file of the network that `part` learns from beside the labels; None: from labels only."""
     if part.name == "teacher":
         return None
-    own = "teacher.pth" if run.settings["recipe"]["teacher"] else "student.pth"
-    path = given_teacher(run) or run.folder / own
+    own = "teacher" if run.settings["recipe"]["teacher"] else "student"
+    path = given(run, "teacher") or given(run, own) or run.folder / f"{own}.pth"
     return None if path == run.path(part) else path
 
 
@@ -155,7 +164,7 @@ def train(
     run: Run, parts: list[Part], images: loop.Images, setup: Setup, source: data.Source, stop: Stop
 ) -> None:
     """All parts that are not finished yet."""
-    teacher, before = None, None
+    teacher, before = None, given(run, "student")
     for part in parts:
         parallel.wait()  # until process 0 has written the part before
         path, learns_from = run.path(part), teacher_of(run, part)
@@ -211,8 +220,7 @@ def finish(
 ) -> None:
     """Read the files that the run wrote, measure test, and write summary, pictures and record."""
     test = data.load(source, "test") if data.has(source, "test") else None
-    given = given_teacher(run)
-    files = [("teacher", given, 0.0)] if given else []
+    files = [(stage, path, 0.0) for stage in STAGES[:2] if (path := given(run, stage))]
     files += [(part.title, run.path(part), run.minutes_of(part)) for part in parts]
     sizes = images.labels.bincount(minlength=images.classes)
     uneven = (sizes.max() > 2 * sizes.min()).item()  # then accuracy says little of rare classes
@@ -302,7 +310,8 @@ def result_rows(run: Run, stages: list[dict], all_rounds: bool) -> list[dict]:
     """A row for results.csv for the pruned network, or for that of each round."""
     *teachers, student = (stage for stage in stages if not stage["stage"].startswith("pruned"))
     pruned = stages[len(teachers) + 1 :]
-    teacher, given = teachers[0] if teachers else {}, given_teacher(run)
+    teacher = teachers[0] if teachers else {}
+    files = {stage: path.name for stage in STAGES[:2] if (path := given(run, stage))}
 
     def accuracies(name: str, stage: dict) -> dict[str, str]:
         pairs = {split: stage.get(f"{split}_accuracy") for split in ("val", "test")}
@@ -313,7 +322,8 @@ def result_rows(run: Run, stages: list[dict], all_rounds: bool) -> list[dict]:
             "name": run.record["name"],
             "recipe": run.settings["recipe_name"],
             "stem": run.settings["stem"],
-            "teacher": given.name if given else "",
+            "teacher": files.get("teacher", ""),
+            "given_student": files.get("student", ""),
             "seed": run.settings["seed"],
             "parameters": stage["parameters"],
             **accuracies("teacher", teacher),
@@ -359,15 +369,21 @@ def measure(
     """Seconds that a training step, and the teacher's answer, take in each stage, on networks
     thrown away."""
     seconds = {}
-    given, classes = given_teacher(run), images.classes
-    largest = "teacher" if run.settings["recipe"]["teacher"] else "student"
-    teacher = checkpoint.load(given)[0] if given else build(largest, run.settings, classes)
-    teacher = loop.Teacher(setup.frozen(teacher))
+    recipe, classes = run.settings["recipe"], images.classes
+
+    def network_of(stage: str) -> nn.Module:
+        path = given(run, stage)
+        return checkpoint.load(path)[0] if path else build(stage, run.settings, classes)
+
+    teaches = "teacher" if given(run, "teacher") or recipe["teacher"] else "student"
+    teacher = loop.Teacher(setup.frozen(network_of(teaches)))
     for part in parts:
         if part.round > 1:
             continue
         stage = "teacher" if part.name == "teacher" else "student"
-        network = loop.Network(build(stage, run.settings, classes), part.stage, setup)
+        network = loop.Network(network_of(stage), part.stage, setup)
+        if given(run, stage):  # what is zero already costs nothing
+            network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         network.model.train()
         steps, answers = [], []
         batches = images.batches(Generator(setup.device).manual_seed(0))
@@ -414,6 +430,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="weights of a ResNet50 or ResNet18; no teacher is trained then",
+    )
+    what.add_argument(
+        "--student",
+        type=Path,
+        metavar="FILE",
+        help="weights of a ResNet18, dense or pruned, to go on from; no dense one is trained then",
     )
     what.add_argument(
         "--imagenet", action="store_true", help="start the student from torchvision's weights"
@@ -474,9 +496,10 @@ def start(args: argparse.Namespace) -> None:
         else:
             student = models.build("resnet18", images.classes, stem=args.stem)
             _, largest = prune.budget_range(student, setup.image_size, setup.grey)
+            if args.student is not None:
+                largest = min(largest, prune.count(checkpoint.load(args.student)[0]))
             parts = plan(recipe, largest, settings["budget"])
-            if args.teacher is not None:
-                parts = [part for part in parts if part.name != "teacher"]
+            parts = [part for part in parts if not settings.get(part.name)]
             announce(run, parts, images, setup)
             with Stop() as stop:
                 train(run, parts, images, setup, source, stop)
@@ -514,15 +537,29 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
             f"--budget {budgets[-1]:,}: possible are {smallest:,} (BatchNorm, biases, and "
             f"the floors of all layers) to {largest:,} (all weights that can matter)"
         )
-    teacher = None
-    if args.teacher is not None:
-        _, meta = checkpoint.load(args.teacher)
-        sha256 = hashlib.sha256(args.teacher.read_bytes()).hexdigest()
-        teacher = {"file": str(args.teacher.resolve()), "sha256": sha256}
-        if meta["num_classes"] != classes:
+    files = {"teacher": None, "student": None}
+    for stage in files:
+        if (path := getattr(args, stage)) is not None:
+            network, meta = checkpoint.load(path)
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            files[stage] = {"file": str(path.resolve()), "sha256": sha256}
+            if meta["num_classes"] != classes:
+                raise UsageError(
+                    f"{path}: has {meta['num_classes']} classes, the images have {classes}"
+                )
+    if args.student is not None:
+        if (meta["arch"], meta["stem"]) != ("resnet18", args.stem):
             raise UsageError(
-                f"{args.teacher}: has {meta['num_classes']} classes, the images have {classes}"
+                f"--student {args.student}: a {meta['arch']} of --stem {meta['stem']}, not a "
+                f"resnet18 of --stem {args.stem}"
             )
+        if prune.count(network) < max(budgets):
+            raise UsageError(
+                f"--student {args.student}: has {prune.count(network):,} parameters, fewer than "
+                f"the budget {max(budgets):,}"
+            )
+    elif recipe.student is None:
+        raise UsageError(f"--recipe {args.recipe}: needs a network to go on from, --student FILE")
     batch_size, _, _ = loop.lengths(len(labels[: recipe.images]), recipe.batch_size)
     if batch_size % parallel.processes():
         raise UsageError(
@@ -534,7 +571,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
         "stem": args.stem,
         "seed": args.seed,
         "budget": budgets[-1],
-        "teacher": teacher,
+        **files,
         "imagenet": args.imagenet,
         "full_train": args.full_train,
         "flip": source.name in data.MIRRORED and not args.no_flip,
