@@ -302,7 +302,7 @@ def training(source: data.Source, device: torch.device) -> Figures:
     def only_networks() -> None:
         for _ in rates:
             with torch.no_grad():
-                teacher(fixed.to(teacher.fc.weight.dtype))
+                teacher(fixed.to(next(teacher.parameters()).dtype))
             with setup.autocast():
                 logits = bare.model(fixed)
             bare.optimizer.zero_grad()

@@ -45,14 +45,14 @@ def row_of(weights: Path) -> dict[str, str]:
 
 def seeds_of(weights: Path) -> list[dict[str, str]]:
     """The rows of results.csv that differ from a weights file's by their seeds only."""
-    alike = ("recipe", "stem", "teacher")
+    alike = ("recipe", "stem", "teacher", "student")
     of = row_of(weights)
     return [row for row in result_rows() if all(row[name] == of[name] for name in alike)]
 
 
 def flags_of(row: dict[str, str]) -> str:
     """What train.py was given, but for the seed."""
-    defaults = {"recipe": "cpu", "stem": "4", "teacher": ""}
+    defaults = {"recipe": "cpu", "stem": "4", "teacher": "", "student": ""}
     given = [f" --{name} {row[name]}" for name, default in defaults.items() if row[name] != default]
     return "".join(given)
 

@@ -323,7 +323,7 @@ def result_rows(run: Run, stages: list[dict], all_rounds: bool) -> list[dict]:
             "recipe": run.settings["recipe_name"],
             "stem": run.settings["stem"],
             "teacher": files.get("teacher", ""),
-            "given_student": files.get("student", ""),
+            "student": files.get("student", ""),
             "seed": run.settings["seed"],
             "parameters": stage["parameters"],
             **accuracies("teacher", teacher),

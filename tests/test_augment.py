@@ -91,6 +91,25 @@ def test_mixup_weights_follow_the_beta_distribution(alpha):
     )
 
 
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_random_erasing_puts_noise_in_one_rectangle_of_its_share_of_the_images(channels):
+    images = torch.full((2000, *channels, 28, 28), -1.0)
+    out = augment.random_erasing(images, 0.3, Generator().manual_seed(0))
+    changed = (out != images).view(2000, -1, 28, 28).all(1)  # all channels, the same place
+    assert torch.equal(changed, (out != images).view(2000, -1, 28, 28).any(1))
+    erased = changed.flatten(1).any(1)
+    assert 0.27 < erased.float().mean() < 0.33
+    rows, columns = changed.any(2), changed.any(1)
+    assert torch.equal(changed, rows[:, :, None] & columns[:, None])
+    for side in (rows, columns):  # one piece: it begins once
+        assert (side.int().diff(dim=1, prepend=torch.zeros(2000, 1)) == 1).sum(1).le(1).all()
+    areas = changed.flatten(1).sum(1)[erased] / 28**2
+    assert 0.01 < areas.min() < 0.03 and 0.24 < areas.max() < 0.28
+    noise = out[out != images]
+    assert noise.min() >= 0 and noise.max() <= 255 and 125 < noise.mean() < 130
+    assert augment.random_erasing(images, 0, Generator()) is images
+
+
 def test_batches_show_each_image_at_most_once():
     seen = torch.cat(list(augment.batches(100, 16, Generator().manual_seed(0))))
     assert len(seen) == 96 == len(seen.unique())

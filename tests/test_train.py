@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny as shrunk
 import torch
 
 import checkpoint
@@ -242,6 +243,42 @@ def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
     assert row["teacher_test"] == "" and row["pruned_test"] == f"{stages[-1]['test_accuracy']:.4f}"
     assert row["student_test"] == f"{stages[0]['test_accuracy']:.4f}"
     capsys.readouterr()
+
+
+def test_a_given_network_is_cut_and_trained_on(tiny, folder, tmp_path, monkeypatch, capsys):
+    assert train.main(tiny) == 0
+    student, pruned = (folder / f"{name}.pth" for name in ("student", "pruned_resnet18"))
+    recipe = replace(shrunk.RECIPE, teacher=None, student=None, erased=0.5)
+    monkeypatch.setitem(train.RECIPES, "finetune", recipe)
+    masks = [w != 0 for w in prune.weights(checkpoint.load(pruned)[0]).values()]
+    for given, budget in ((pruned, 100_000), (pruned, 90_000), (student, 100_000)):
+        flags = [*tiny[1:], "--recipe", "finetune", "--student", str(given), "--budget"]
+        assert train.main([*flags, str(budget), "--name", f"{given.stem}-{budget}"]) == 0
+        again = tmp_path / "runs" / f"{given.stem}-{budget}"
+        assert not (again / "student.pth").exists()
+        rows = read_rows(again / "metrics.csv")
+        assert {row["stage"] for row in rows} == {"pruned"}
+        model, meta = checkpoint.load(again / "pruned_resnet18.pth")
+        assert prune.count(model) == meta["budget"] == budget
+        kept = [w != 0 for w in prune.weights(model).values()]
+        within = all(bool(mask[k].all()) for k, mask in zip(kept, masks, strict=True))
+        assert within == (given == pruned)
+        assert equal(kept, masks) == (given == pruned and budget == 100_000)
+        titles = [s["stage"] for s in json.loads((again / "run.json").read_text())["stages"]]
+        assert titles == ["student", "pruned 1/2", "pruned 2/2"]
+    assert {row["student"] for row in read_rows(tmp_path / "results.csv")} == {
+        student.name, pruned.name,
+    }  # fmt: skip
+    capsys.readouterr()
+    for flags, message in (
+        ([], "--recipe finetune: needs a network to go on from, --student FILE"),
+        (["--student", str(pruned), "--stem", "2"], "a resnet18 of --stem 4, not a resnet18 of"),
+        (["--student", str(folder / "teacher.pth")], "a resnet50 of --stem 4, not a resnet18 of"),
+        (["--student", str(pruned), "--budget", "100001"], "has 100,000 parameters, fewer than"),
+    ):
+        assert train.main([*tiny[1:], "--recipe", "finetune", *flags]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("stem", [2, 1])
