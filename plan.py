@@ -6,7 +6,6 @@ each weight adds its multiple of a shifted input map. BatchNorm is folded in, ta
 meet padding are left out, equal input channels are one.
 """
 
-import copy
 import itertools
 from dataclasses import dataclass
 
@@ -153,18 +152,13 @@ def pays(model: nn.Module, image_size: int, device: torch.device) -> bool:
     """Whether skipping the zeros is faster than multiplying them: for few weights, on the CPU."""
     if device.type != "cpu" or image_size > LARGEST:
         return False
-    weights = prune.weights(rewrite.trim_(copy.deepcopy(model), image_size)).values()
-    left = sum(int(weight.count_nonzero()) for weight in weights)
-    return left < PAYS * sum(weight.numel() for weight in weights)
-
-
-def _size(size: int, layer: nn.Conv2d | nn.MaxPool2d) -> int:
-    """Side of the map behind `layer`."""
-    kernel, stride, padding = (
-        value[0] if isinstance(value, tuple) else value
-        for value in (layer.kernel_size, layer.stride, layer.padding)
-    )
-    return (size + 2 * padding - kernel) // stride + 1
+    live = 0.0
+    for name, size in rewrite.sides(model, image_size).items():
+        conv = model.get_submodule(name)
+        kernel = conv.kernel_size[0]
+        low, high = rewrite.live_taps(size, kernel, conv.stride[0], conv.padding[0])
+        live += conv.weight.numel() * ((high - low) / kernel) ** 2
+    return sum(int(w.count_nonzero()) for w in prune.weights(model).values()) < PAYS * live
 
 
 class Plan:
@@ -234,12 +228,12 @@ class Plan:
         conv, pool = model.conv1, model.maxpool
         if channels == 1:  # three equal channels are one, with the sum of their weights
             conv.weight = nn.Parameter(conv.weight.sum(1, keepdim=True), requires_grad=False)
-        size = _size(self.image.size, conv)
+        size = rewrite.side(conv, self.image.size)
         if isinstance(pool, nn.Identity):
             target = self._map(conv.out_channels, size, 1)
             self._conv("conv1", conv, self.image, target, relu=True)
             return target
-        target = self._map(conv.out_channels, _size(size, pool), 1)
+        target = self._map(conv.out_channels, rewrite.side(pool, size), 1)
         # Each channel goes through the pool before the next is made. After the ReLU, a border of
         # zeros is as good as none.
         one = self._map(1, size, pool.padding)
@@ -257,7 +251,7 @@ class Plan:
         self._splits.clear()
         size, source = x.size, x
         for index, (conv_name, conv) in enumerate(convs[:-1]):
-            size = _size(size, conv)
+            size = rewrite.side(conv, size)
             key = index, conv.out_channels, size
             if key not in self._middle:
                 self._middle[key] = self._map(conv.out_channels, size, int(size > 1))

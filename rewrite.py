@@ -24,6 +24,32 @@ BLOCK = 16  # channels that onnxruntime computes together; it is slow with other
 # --- taps that only meet padding ------------------------------------------------------------------
 
 
+def side(layer: nn.Module, size: int) -> int:
+    """Side of the (square) map that a convolution or max-pool makes of one of `size`."""
+    if isinstance(layer, nn.Identity):
+        return size
+    kernel, stride, padding = (
+        value[0] if isinstance(value, tuple) else value
+        for value in (layer.kernel_size, layer.stride, layer.padding)
+    )
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def sides(model: nn.Module, image_size: int) -> dict[str, int]:
+    """Side of the map that each convolution of a torchvision ResNet reads, by its name."""
+    found = {"conv1": image_size}
+    size = side(model.maxpool, side(model.conv1, image_size))
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        for index, block in enumerate(model.get_submodule(stage)):
+            if block.downsample is not None:
+                found[f"{stage}.{index}.downsample.0"] = size
+            for name, conv in block.named_children():
+                if name.startswith("conv"):
+                    found[f"{stage}.{index}.{name}"] = size
+                    size = side(conv, size)
+    return found
+
+
 def live_taps(size: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
     """The kernel taps [first, last) along one axis that meet the map and not only its padding."""
     outputs = (size + 2 * padding - kernel) // stride + 1
@@ -42,23 +68,11 @@ def trim_(model: nn.Module, image_size: int) -> nn.Module:
     one without padding: at 28x28, layer4's 3x3 kernels become 2x2 and 1x1, and with them go 62 % of
     ResNet18's weights, which no step has to clip, update or mask any more.
     """
-    sizes = {}
-    probe = copy.deepcopy(model).to("meta").eval()
-    for name, conv in probe.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            conv.register_forward_hook(
-                lambda _, inputs, output, name=name: sizes.update(
-                    {name: (inputs[0].shape[-1], output.shape[-1])}
-                )
-            )
-    first = model.conv1.weight
-    shape = (1, first.shape[1], image_size, image_size)
-    probe(torch.empty(shape, dtype=first.dtype, device="meta"))
-    for name, (size, outputs) in sizes.items():
+    for name, size in sides(model, image_size).items():
         conv = model.get_submodule(name)
         kernel, padding = conv.kernel_size[0], conv.padding[0]
         low, high = live_taps(size, kernel, conv.stride[0], padding)
-        if outputs == 1 and high - low < kernel:
+        if side(conv, size) == 1 and high - low < kernel:
             _set_kernel_(conv, conv.weight.detach()[:, :, low:high, low:high].clone(), 0)
             conv.stock = kernel, padding
     return model

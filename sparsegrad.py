@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import llvmgrad
 import llvmsource
 import plan
+import rewrite
 from plan import Map
 
 # Of the dense network's multiply-adds; with more, that is as fast: in fp32, in bf16 (LOG.md).
@@ -63,7 +64,7 @@ class Unit:
         weight = conv.weight.detach()
         self.channels, c, kernel, _ = weight.shape
         self.stride, padding = conv.stride[0], conv.padding[0]
-        self.size, self.size_out = size, (size + 2 * padding - kernel) // self.stride + 1
+        self.size, self.size_out = size, rewrite.side(conv, size)
         back = kernel - 1 - padding
         self.padded = Map(0, c, size, padding)
         self.spread = Map(0, self.channels, size, back)  # the gradient, its pixels `stride` apart
@@ -166,7 +167,7 @@ class SparseForward:
         if not isinstance(model.maxpool, nn.Identity):
             pool = model.maxpool
             self.pool = pool.kernel_size, pool.stride, pool.padding
-            size = (size + 2 * pool.padding - pool.kernel_size) // pool.stride + 1
+            size = rewrite.side(pool, size)
         self.pooled = size
         self.blocks: list[tuple[Unit, Unit, Unit | None]] = []
         for block in [
