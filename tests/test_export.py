@@ -101,7 +101,7 @@ def test_own_images_that_are_given_are_what_it_is_checked_with(tmp_path, shipped
     assert "of 1,000 random images" in capsys.readouterr().out
 
 
-def test_plain_files_and_outputs(tmp_path, capsys, shipped_like, tiny_data):
+def test_plain_files_and_outputs(tiny, tmp_path, capsys):
     weights, half = tmp_path / "plain.pth", tmp_path / "half.pth"
     torch.save(models.build("resnet18", 3, stem=2).state_dict(), weights)
     flags = ["-w", str(weights), "--bits", "8", "-o", str(half)]

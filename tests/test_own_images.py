@@ -102,7 +102,9 @@ def test_images_that_were_added_are_noticed(tiny, folder, monkeypatch, capsys):
     assert "grey: True, now False; classes: [], now ['down', 'up']" in error
 
 
-@pytest.mark.parametrize(("size", "stem"), [(32, 4), (64, 2)])
+@pytest.mark.parametrize(
+    ("size", "stem"), [(32, 4), (40, 2), pytest.param(64, 2, marks=pytest.mark.slow)]
+)
 def test_colour_images_through_the_whole_chain(size, stem, tiny, tmp_path, capsys):
     folder = colour(tmp_path / "cifar")
     flags = ["--quick", "--device", "cpu", "--data", str(folder)]

@@ -21,6 +21,7 @@ import models  # noqa: E402
 import prune  # noqa: E402
 import readme  # noqa: E402
 import record  # noqa: E402
+import sparse  # noqa: E402
 import train  # noqa: E402
 
 
@@ -46,9 +47,10 @@ def test_the_shipped_weights_are_what_they_say(path):
 @pytest.mark.skipif(not data.DEBIAN_DIR.exists(), reason="needs the images, and fetches none")
 @pytest.mark.parametrize("path", readme.SHIPPED, ids=lambda path: path.stem)
 def test_the_shipped_weights_reach_the_accuracy_in_the_results(path):
-    model, _ = checkpoint.load(path)
+    model, meta = checkpoint.load(path)
     images, labels = data.load(data.find(data.DEBIAN_DIR), "test")
-    accuracy = models.accuracy(models.infer(model, images), labels)
+    engine = sparse.SparseResNet(model, meta["image_size"])  # as predict.py has it
+    accuracy = models.accuracy(models.infer(engine, images), labels)
     assert f"{accuracy:.4f}" == readme.row_of(path)["pruned_test"]
 
 
