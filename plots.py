@@ -69,6 +69,8 @@ PUBLISHED = (
     (25_600_000, 94.3, "ResNet50 at 28x28,\nbest of several", "left"),
 )
 
+COLORS = {4: "tab:green", 2: "tab:blue", 1: "tab:purple"}  # of stems
+
 
 def sizes(results: Path, recipe: str) -> bytes:
     """Test accuracy against parameters: a line for the networks of `recipe` in results.csv, a star
@@ -86,21 +88,26 @@ def sizes(results: Path, recipe: str) -> bytes:
             color="dimgray",
         )  # fmt: skip
     for (name, stem), part in rows.groupby(["recipe", "stem"]):
-        color, seeds = {4: "tab:green", 2: "tab:blue", 1: "tab:purple"}[stem], part.seed.nunique()
+        color, seeds = COLORS[stem], part.seed.nunique()
         ours = 100 * part.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
         if name == recipe:
             dense = 100 * part.drop_duplicates("name").student_test
             ours.loc[DENSE[stem]] = dense.mean(), dense.min(), dense.max()
+        line, several = name == recipe, f"{seeds} seed{'s' * (seeds > 1)}"
         axes.errorbar(
             ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
-            fmt="o-" if name == recipe else "*", markersize=6 if name == recipe else 12,
-            color=color, capsize=3, label=f"ResNet18, stem {stem}, pruned: recipe {name}, {seeds} "
-            f"seed{'s' * (seeds > 1)}",
+            fmt="o-" if line else "*", markersize=6 if line else 12, color=color, capsize=3,
         )  # fmt: skip
         for parameters, accuracy in ours["mean"].items():
-            axes.annotate(f"{accuracy:.1f}", (parameters, accuracy),
-                          (10, -13) if name == recipe else (18, -3), fontsize=8,
-                          textcoords="offset points", ha="center", color=color)  # fmt: skip
+            text = f"{accuracy:.1f}" + ("" if line else f" {name}, {several}")
+            axes.annotate(text, (parameters, accuracy), (4, -13) if line else (9, -3), fontsize=8,
+                          textcoords="offset points", ha="left", color=color)  # fmt: skip
+        if line:
+            label = f"this project: one ladder of budgets, stem {stem}, {several}"
+            axes.plot([], [], "o-", color=color, label=label)
+    for stem in sorted(rows.stem.unique(), reverse=True):
+        color, label = COLORS[stem], f"this project: pruned ResNet18, stem {stem}"
+        axes.plot([], [], "*", markersize=12, color=color, label=label)
     axes.plot([], [], "o", color="tab:gray", label="published by others")
     _count_logarithmically(axes.set_xscale, axes.xaxis)
     axes.set_xlabel("parameters; the rightmost of ours is the dense student")
