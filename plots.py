@@ -87,6 +87,7 @@ def sizes(results: Path, recipe: str) -> bytes:
             textcoords="offset points", ha="left" if side == "right" else "right", va="center",
             color="dimgray",
         )  # fmt: skip
+    stars: list[tuple[float, int, str, str]] = []
     for (name, stem), part in rows.groupby(["recipe", "stem"]):
         color, seeds = COLORS[stem], part.seed.nunique()
         ours = 100 * part.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
@@ -99,12 +100,19 @@ def sizes(results: Path, recipe: str) -> bytes:
             fmt="o-" if line else "*", markersize=6 if line else 12, color=color, capsize=3,
         )  # fmt: skip
         for parameters, accuracy in ours["mean"].items():
-            text = f"{accuracy:.1f}" + ("" if line else f" {name}, {several}")
-            axes.annotate(text, (parameters, accuracy), (4, -13) if line else (9, -3), fontsize=8,
-                          textcoords="offset points", ha="left", color=color)  # fmt: skip
+            if line:
+                axes.annotate(f"{accuracy:.1f}", (parameters, accuracy), (4, -13), fontsize=8,
+                              textcoords="offset points", color=color)  # fmt: skip
+            else:
+                stars.append((accuracy, parameters, f"{accuracy:.1f} {name}, {several}", color))
         if line:
             label = f"this project: one ladder of budgets, stem {stem}, {several}"
             axes.plot([], [], "o-", color=color, label=label)
+    lowest = 0.0
+    for accuracy, parameters, text, color in sorted(stars):  # texts not one over the other
+        lowest = max(accuracy, lowest + 0.2)
+        axes.annotate(text, (parameters, lowest), (9, -3), fontsize=8,
+                      textcoords="offset points", color=color)  # fmt: skip
     for stem in sorted(rows.stem.unique(), reverse=True):
         color, label = COLORS[stem], f"this project: pruned ResNet18, stem {stem}"
         axes.plot([], [], "*", markersize=12, color=color, label=label)
