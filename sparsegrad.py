@@ -340,7 +340,7 @@ class SparseForward:
         stem = self.units[0]
         if self.pool is not None:
             x, pooled, dy = stem.kept[2], self.blocks[0][0].kept[0], current
-            current = self._map("d", *x.shape)
+            current = self._map("d of the stem", *x.shape)  # may be as small as dy
             pool = getattr(self.compiled, self._pools[1])
             self._each_tile(
                 len(x),

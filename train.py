@@ -547,7 +547,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
                 raise UsageError(
                     f"{path}: has {meta['num_classes']} classes, the images have {classes}"
                 )
-    if args.student is not None:
+    if args.student is not None:  # the last that was read
         if (meta["arch"], meta["stem"]) != ("resnet18", args.stem):
             raise UsageError(
                 f"--student {args.student}: a {meta['arch']} of --stem {meta['stem']}, not a "
