@@ -475,7 +475,7 @@ def start(args: argparse.Namespace) -> None:
     """Check everything that was asked for, then train."""
     device = models.choose_device(args.device)
     source = data.find(args.data, args.dataset, args.image_size)
-    name, settings = check(args, source)
+    name, settings, largest = check(args, source)
     if parallel.process() > 0:
         parallel.wait()  # until process 0 has the folder
     with record.lock(record.RUNS / name) if parallel.process() == 0 else contextlib.nullcontext():
@@ -494,10 +494,6 @@ def start(args: argparse.Namespace) -> None:
         if run.finished:
             parallel.say(f"{run.folder}: this run is finished; --name or --seed starts another")
         else:
-            student = models.build("resnet18", images.classes, stem=args.stem)
-            _, largest = prune.budget_range(student, setup.image_size, setup.grey)
-            if args.student is not None:
-                largest = min(largest, prune.count(checkpoint.load(args.student)[0]))
             parts = plan(recipe, largest, settings["budget"])
             parts = [part for part in parts if not settings.get(part.name)]
             announce(run, parts, images, setup)
@@ -509,9 +505,11 @@ def start(args: argparse.Namespace) -> None:
             run.report()
 
 
-def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
-    """The name of the run and its settings. Raises UsageError, or whatever else is wrong, now and
-    not after hours."""
+def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int]:
+    """The name of the run, its settings, and how many parameters of the dense student can matter.
+
+    Raises UsageError, or whatever else is wrong, now and not after hours.
+    """
     if not 0 <= args.seed < 10**9:
         raise UsageError(f"--seed {args.seed}: a number from 0 to 999,999,999")
     images = "" if source.name == "fashion-mnist" else f"-{source.name}"
@@ -553,9 +551,10 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
                 f"--student {args.student}: a {meta['arch']} of --stem {meta['stem']}, not a "
                 f"resnet18 of --stem {args.stem}"
             )
-        if prune.count(network) < max(budgets):
+        largest = min(largest, left := prune.count(network))
+        if left < max(budgets):
             raise UsageError(
-                f"--student {args.student}: has {prune.count(network):,} parameters, fewer than "
+                f"--student {args.student}: has {left:,} parameters, fewer than "
                 f"the budget {max(budgets):,}"
             )
     elif recipe.student is None:
@@ -565,7 +564,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
         raise UsageError(
             f"{parallel.processes()} processes cannot share batches of {batch_size} equally"
         )
-    return name, {
+    settings = {
         "recipe": asdict(recipe),
         "recipe_name": args.recipe,
         "stem": args.stem,
@@ -581,6 +580,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict]:
         "classes": list(source.classes),
         "files": data.digest(source),
     }
+    return name, settings, largest
 
 
 def main(argv: list[str] | None = None) -> int:

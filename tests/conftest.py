@@ -2,6 +2,7 @@
 
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
 
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,12 +39,18 @@ def tiny_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny(wide, monkeypatch) -> Iterator[list[str]]:
+def narrow() -> Iterator[None]:
+    """Networks of a sixteenth of the weights, where size proves nothing."""
+    with shrunk.narrow():
+        yield
+
+
+@pytest.fixture
+def tiny(wide, narrow, monkeypatch) -> list[str]:
     """As `wide`, with narrow networks, no pictures: for all that does not depend on these."""
     shrunk.draw_nothing(monkeypatch)
-    with shrunk.narrow(), monkeypatch.context() as patch:
-        patch.setattr(models, "bf16_pays", lambda device: False)  # not now this, now that
-        yield wide
+    monkeypatch.setattr(models, "bf16_pays", lambda device: False)  # not now this, now that
+    return wide
 
 
 @pytest.fixture
@@ -64,11 +71,8 @@ def wide(monkeypatch, tmp_path, tiny_data) -> list[str]:
     return ["--quick", "--device", "cpu", "--data", str(tiny_data)]
 
 
-@pytest.fixture
-def resnet18() -> torch.nn.Module:
-    """A ResNet18 with BatchNorm statistics and weights that are not the initial ones."""
-    torch.manual_seed(0)
-    model = models.build("resnet18", 10)
+def _trained_like(model: torch.nn.Module) -> torch.nn.Module:
+    """With BatchNorm statistics and weights that are not the initial ones."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -79,12 +83,42 @@ def resnet18() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="session")
-def shipped_like(tmp_path_factory):
-    """A pruned file as train.py writes it, with random weights."""
+def _resnet18() -> torch.nn.Module:
     torch.manual_seed(0)
-    model = models.build("resnet18", 10)
+    return _trained_like(models.build("resnet18", 10))
+
+
+@pytest.fixture
+def resnet18(_resnet18) -> torch.nn.Module:
+    """A ResNet18 with BatchNorm statistics and weights that are not the initial ones."""
+    return copy.deepcopy(_resnet18)
+
+
+@pytest.fixture
+def narrow_resnet18(narrow) -> torch.nn.Module:
+    """Likewise, a narrow one."""
+    torch.manual_seed(0)
+    return _trained_like(models.build("resnet18", 10))
+
+
+@pytest.fixture(scope="session")
+def _pruned(_resnet18) -> torch.nn.Module:
+    model = copy.deepcopy(_resnet18)
     masks = prune.all_useful(model, 28, grey=True)
+    prune.fold_equal_channels_(model)
     prune.apply_(model, prune.choose(model, masks, 100_000, 28, grey=True))
+    return model.eval()
+
+
+@pytest.fixture
+def pruned(_pruned) -> torch.nn.Module:
+    """Of the same network, what is left of it with 100,000 parameters, in eval mode."""
+    return copy.deepcopy(_pruned)
+
+
+@pytest.fixture(scope="session")
+def shipped_like(tmp_path_factory, _pruned):
+    """A pruned file as train.py writes it, with random weights."""
     path = tmp_path_factory.mktemp("weights") / "pruned.pth"
-    checkpoint.save(path, model, {**META, "image_size": 28, "grey": True})
+    checkpoint.save(path, _pruned, {**META, "image_size": 28, "grey": True})
     return path

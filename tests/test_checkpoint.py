@@ -12,14 +12,6 @@ import prune
 
 
 @pytest.fixture
-def pruned(resnet18):
-    masks = prune.all_useful(resnet18, 28, grey=True)
-    prune.fold_equal_channels_(resnet18)
-    prune.apply_(resnet18, prune.choose(resnet18, masks, 100_000, 28, grey=True))
-    return resnet18.eval()
-
-
-@pytest.fixture
 def path(tmp_path):
     return tmp_path / "weights.pth"
 
@@ -97,15 +89,16 @@ def test_few_bits_have_a_scale_for_each_channel_and_keep_the_count(bits, pruned,
         assert difference.norm() < 0.01 * pruned.layer1[0].conv2.weight.norm()
 
 
-def test_few_bits_of_a_dense_network(resnet18, path):
-    checkpoint.save(path, resnet18, {"arch": "resnet18", "num_classes": 10}, bits=8)
-    assert path.stat().st_size < 12_000_000
-    expected = prune.weights(checkpoint.rounded(resnet18, 8))
+def test_few_bits_of_a_dense_network(narrow, path):
+    model = models.build("resnet18", 10)
+    checkpoint.save(path, model, {"arch": "resnet18", "num_classes": 10}, bits=8)
+    assert path.stat().st_size < 1.1 * prune.count(model)
+    expected = prune.weights(checkpoint.rounded(model, 8))
     for name, weight in prune.weights(checkpoint.load(path)[0]).items():
         assert torch.equal(weight, expected[name]), name
 
 
-def test_dense_networks_and_resnet50_come_back_as_well(resnet18, path):
+def test_dense_networks_and_resnet50_come_back_as_well(narrow, path):
     for arch in models.ARCHITECTURES:
         model = models.build(arch, 7)
         checkpoint.save(path, model, {"arch": arch, "num_classes": 7})
@@ -115,7 +108,7 @@ def test_dense_networks_and_resnet50_come_back_as_well(resnet18, path):
 
 
 @pytest.mark.parametrize("stem", models.STEMS)
-def test_the_stem_is_kept_and_seen_in_plain_files(stem, path):
+def test_the_stem_is_kept_and_seen_in_plain_files(stem, narrow, path):
     model = models.build("resnet18", 10, stem=stem)
     for write in (
         lambda: checkpoint.save(path, model, {**META, "budget": 2 * 10**7, "stem": stem}),
@@ -181,7 +174,8 @@ def damage(path, kind):
         checkpoint._unpack(content[name], checkpoint.DTYPES[name], 10**6)
         for name in ("values", "gaps")
     )
-    plain = checkpoint.load(path)[0].state_dict()
+    if kind in ("other shapes", "lacks a layer", "more layers"):
+        plain = checkpoint.load(path)[0].state_dict()
     if kind == "missing":
         path.unlink()
         return "No such file"
@@ -427,8 +421,9 @@ STRANGE = {
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 @pytest.mark.parametrize("kind", STRANGE)
 @pytest.mark.parametrize("masked", [False, True])
-def test_strange_tensors_are_refused_by_name(kind, masked, pruned, path):
-    state = (prune.masked(pruned) if masked else pruned).state_dict()
+def test_strange_tensors_are_refused_by_name(kind, masked, narrow, path):
+    model = models.build("resnet18", 10)
+    state = (prune.masked(model) if masked else model).state_dict()
     names = ["conv1.weight_orig", "conv1.weight_mask"] if masked else ["conv1.weight", "fc.weight"]
     for name in names:
         if (kind, name) == ("integers", "conv1.weight_mask"):

@@ -76,7 +76,7 @@ def test_the_shipped_network_fits_a_small_device(bits, tmp_path, sanitizers):
     ("size", "grey", "stem", "budget"),
     [(33, False, 4, 100_000), (28, True, 2, 60_000), (17, False, 2, 50_000), (19, True, 1, 30_000)],
 )
-def test_colour_odd_sizes_and_small_stems(size, grey, stem, budget, tmp_path, sanitizers):
+def test_colour_odd_sizes_and_small_stems(size, grey, stem, budget, narrow, tmp_path, sanitizers):
     torch.manual_seed(0)
     model = prune_to(models.build("resnet18", 3, stem=stem), budget, size)
     if not grey:
@@ -85,20 +85,14 @@ def test_colour_odd_sizes_and_small_stems(size, grey, stem, budget, tmp_path, sa
 
 
 @compiled
-def test_a_dense_network_and_resnet50(tmp_path, sanitizers):
-    torch.manual_seed(0)
-    dense = models.build("resnet18", 10)
-    for name in ("layer3", "layer4"):  # else the compiler takes minutes
-        for module in dense.get_submodule(name).modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.weight.data[module.out_channels // 16 :] = 0
-    compare(tmp_path, sanitizers, dense.eval(), pictures(2))
+def test_a_dense_network_and_resnet50(narrow_resnet18, tmp_path, sanitizers):
+    compare(tmp_path, sanitizers, narrow_resnet18.eval(), pictures(2))
     compare(tmp_path, sanitizers, prune_to(models.build("resnet50", 4), 150_000), pictures(2))
 
 
 @compiled
-def test_dead_channels_and_empty_layers(resnet18, tmp_path, sanitizers):
-    prune_to(resnet18, 50_000)
+def test_dead_channels_and_empty_layers(narrow_resnet18, tmp_path, sanitizers):
+    resnet18 = prune_to(narrow_resnet18, 50_000)
     with torch.no_grad():
         resnet18.layer1[0].conv1.weight.zero_()
         resnet18.layer2[0].downsample[0].weight.zero_()

@@ -45,7 +45,7 @@ def test_constant_channels_stay_and_numbers_of_channels_are_multiples_of_a_block
 
 @pytest.mark.parametrize("stem", models.STEMS)
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_dense_colour_networks(arch, stem):
+def test_dense_colour_networks(arch, stem, narrow):
     torch.manual_seed(0)
     model, batch = models.build(arch, 3, stem=stem).eval(), images(3, 3, 40, 40)
     slim = export.Slim(model, 40, grey=False).eval()

@@ -131,7 +131,7 @@ def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypat
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer):
+def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer, narrow):
     torch.manual_seed(0)
     stage = loop.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
     network = loop.Network(models.build("resnet18", 10), stage, SETUP)
@@ -145,7 +145,7 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
             network.average.update_parameters(network.model)
 
     steps()  # fills the momenta of weights that are pruned next
-    for budget in (1_000_000, 100_000):
+    for budget in (150_000, 50_000):
         network.cut(budget, [images])
         before = prune.weights(network.model)["layer1.0.conv1.weight"].clone()
         steps()
@@ -157,10 +157,10 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
                 assert not weight[~network.masks[name]].any()
 
 
-def test_validation_that_skips_the_zeros_is_validation(monkeypatch):
+def test_validation_that_skips_the_zeros_is_validation(narrow, monkeypatch):
     torch.manual_seed(0)
     network = loop.Network(models.build("resnet18", 10), loop.Stage(1), SETUP)
-    network.cut(100_000, [torch.randn(8, 3, 28, 28)])
+    network.cut(30_000, [torch.randn(8, 3, 28, 28)])
     network.model.eval()
     images_u8 = torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8)
     labels = models.infer(network.model, images_u8).argmax(1)
@@ -172,7 +172,7 @@ def test_validation_that_skips_the_zeros_is_validation(monkeypatch):
         assert share == pytest.approx(0.7, abs=0.01)
 
 
-def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given():
+def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given(narrow):
     torch.manual_seed(0)
     stage = loop.Stage(1)
     network = loop.Network(models.build("resnet18", 10), stage, SETUP)

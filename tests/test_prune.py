@@ -11,11 +11,16 @@ import rewrite
 SIZE = 28
 
 
+@pytest.fixture(scope="module")
+def _masks(_resnet18):
+    return prune.all_useful(_resnet18, SIZE, grey=True)
+
+
 @pytest.fixture
-def live(resnet18):
+def live(resnet18, _masks):
     """The model as pruning starts, and the masks of all weights that can matter."""
     prune.fold_equal_channels_(resnet18)
-    return rewrite.speed_up_(resnet18), prune.all_useful(resnet18, SIZE, grey=True)
+    return rewrite.speed_up_(resnet18), _masks
 
 
 def torchinfo_count(model):

@@ -33,7 +33,7 @@ def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch
 
 
 @pytest.mark.parametrize("stem", models.STEMS)
-def test_a_step_asks_onednn_for_no_weight_gradient(stem):
+def test_a_step_asks_onednn_for_no_weight_gradient(stem, narrow):
     """Its threads spin in wait for each other, so that a busy process slows a step 30 times."""
     setup = loop.Setup(torch.device("cpu"), bf16=False, image_size=28, grey=True)
     network = loop.Network(models.build("resnet18", 10, stem=stem), loop.Stage(1), setup)
@@ -52,7 +52,8 @@ def test_a_step_asks_onednn_for_no_weight_gradient(stem):
 
 
 @pytest.mark.parametrize("size", [20, 28, 32, 40, 65])
-def test_trimming_is_exact_for_any_image_size_and_can_be_undone(resnet18, size):
+def test_trimming_is_exact_for_any_image_size_and_can_be_undone(narrow_resnet18, size):
+    resnet18 = narrow_resnet18
     images = torch.randn(2, 3, size, size)
     expected = resnet18.eval()(images)
     state = resnet18.state_dict()
@@ -80,7 +81,8 @@ def test_live_taps(size, kernel, stride, padding, taps):
     assert rewrite.live_taps(size, kernel, stride, padding) == taps
 
 
-def test_fold_batchnorm_keeps_the_function(resnet18):
+def test_fold_batchnorm_keeps_the_function(narrow_resnet18):
+    resnet18 = narrow_resnet18
     images = torch.randn(4, 3, 28, 28)
     folded = rewrite.fold_batchnorm(resnet18)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())

@@ -48,24 +48,25 @@ def test_budgets_down_to_the_floors(budget, resnet18):
     assert differs(engine, resnet18, images(20)) < 1e-4
 
 
-def test_dense_weights_other_sizes_colour_and_resnet50(resnet18):
+def test_dense_weights_other_sizes_colour_and_resnet50(narrow_resnet18):
     for size, grey in ((28, True), (32, False), (40, False)):
-        engine = sparse.SparseResNet(resnet18, size, grey)
-        assert differs(engine, resnet18.eval(), images(17, size, grey)) < 1e-4
+        engine = sparse.SparseResNet(narrow_resnet18, size, grey)
+        assert differs(engine, narrow_resnet18.eval(), images(17, size, grey)) < 1e-4
     model = models.build("resnet50", 3).eval()
     engine = sparse.SparseResNet(model, 32, grey=False)
     assert differs(engine, model, images(17, 32, grey=False)) < 1e-4
 
 
 @pytest.mark.parametrize("stem", [2, 1])
-def test_stems_of_smaller_stride(stem):
+def test_stems_of_smaller_stride(stem, narrow):
     torch.manual_seed(0)
-    model = prune_to(models.build("resnet18", 10, stem=stem), 100_000)
+    model = prune_to(models.build("resnet18", 10, stem=stem), 50_000)
     engine = sparse.SparseResNet(model, 28)
     assert differs(engine, model, images(20)) < 1e-4
 
 
-def test_dead_channels_and_empty_layers(resnet18):
+def test_dead_channels_and_empty_layers(narrow_resnet18):
+    resnet18 = narrow_resnet18
     with torch.no_grad():
         resnet18.conv1.weight[5] = 0  # constant after ReLU, and seen by what pads its maps
         resnet18.layer1[0].conv1.weight.zero_()
@@ -76,12 +77,12 @@ def test_dead_channels_and_empty_layers(resnet18):
     assert differs(engine, resnet18.eval(), images(20)) < 1e-4
 
 
-def test_narrow_vectors_and_few_registers_compute_the_same(resnet18, monkeypatch):
-    prune_to(resnet18, 50_000)
+def test_narrow_vectors_and_few_registers_compute_the_same(narrow_resnet18, monkeypatch):
+    model = prune_to(narrow_resnet18, 50_000)
     for lanes, registers in ((8, 16), (4, 32), (4, 16)):
         monkeypatch.setattr(llvmsource, "host", lambda host=(lanes, registers): host)
-        engine = sparse.SparseResNet(resnet18, 28)
-        assert differs(engine, resnet18, images(21)) < 1e-4
+        engine = sparse.SparseResNet(model, 28)
+        assert differs(engine, model, images(21)) < 1e-4
 
 
 def test_any_layout_of_images_and_none_at_all():
