@@ -9,26 +9,14 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from llvmsource import F32, I64, PTR, Code, loop
+from llvmsource import F32, I64, Code, loop
 from plan import Map, Product
 
 
 class TrainingCode(Code):
-    """A module of functions; those of equal shape are written once."""
-
     def __init__(self, images: int):
         super().__init__(images)
         self.zero = ir.Constant(self.cell, [0.0] * images)
-        self.written: dict[tuple, ir.Function] = {}
-
-    def _shared(self, key: tuple, pointers: int, body: Callable) -> ir.Function:
-        """The function with this key, void (pointers); `body(b, *arguments)` writes it."""
-        if key not in self.written:
-            function, b = self.function("_".join(map(str, key)), [PTR] * pointers)
-            self.written[key] = function
-            body(b, *function.args)
-            b.ret_void()
-        return self.written[key]
 
     def _channels(self, b: ir.IRBuilder, channels: int, body: Callable) -> None:
         loop(b, I64(0), I64(channels), 1, body)
@@ -48,8 +36,7 @@ class TrainingCode(Code):
 
     def _number(self, b: ir.IRBuilder, base: ir.Value, index: ir.Value) -> ir.Value:
         """base[index], the same for all images."""
-        value = b.load(b.gep(base, [index], source_etype=F32), typ=F32)
-        return self._splat(b, value, self.cell)
+        return self._splat(b, self._float(b, base, index), self.cell)
 
     def _total(self, b: ir.IRBuilder, value: ir.Value, base: ir.Value, index: ir.Value) -> ir.Value:
         """base[index] = the sum over the images."""
@@ -188,12 +175,26 @@ class TrainingCode(Code):
 
         return self._shared(("combine", target.channels, size, target.border, step), 4, body)
 
-    def gradient(self, p: Product, held_map: Map, step: int, name: str) -> ir.Function:
-        """void name(source, gradient, row, sums): of the loss by each weight of `p`, float32 in the
-        order of p.values. `gradient` is like `held_map`, its pixels `step` apart; `row` is memory
-        for a cell of each weight of an output channel."""
-        function, b = self.function(name, [PTR] * 4)
-        source, gradient, partial, results = function.args
+    def gradient(self, p: Product, held_map: Map, step: int) -> ir.Function:
+        """void (source, gradient, row, sums, tables): of the loss by each weight of `p`, float32 in
+        the order of p.values. `gradient` is like `held_map`, its pixels `step` apart; `row` is
+        memory for a cell of each weight of an output channel."""
+        key = "gradient", p.shape, held_map, step
+        return self._shared(key, 5, lambda b, *args: self._gradient(b, p, held_map, step, *args))
+
+    def _gradient(
+        self,
+        b: ir.IRBuilder,
+        p: Product,
+        held_map: Map,
+        step: int,
+        source: ir.Value,
+        gradient: ir.Value,
+        partial: ir.Value,
+        results: ir.Value,
+        tables: ir.Value,
+    ) -> None:
+        first, taps = (self._table(b, tables, n) for n in range(2))
         multiply_add = self._multiply_add(self.cell)
         size = p.target.size
         held_at = [held_map.at(y * step, x * step) for y in range(size) for x in range(size)]
@@ -202,15 +203,14 @@ class TrainingCode(Code):
         length = -(-len(places) // pieces)
 
         def row(o: ir.Value) -> None:
-            start, stop = (self._entry(b, p.first, b.add(o, I64(i))) for i in (0, 1))
-            start, stop = b.sext(start, I64), b.sext(stop, I64)
+            start, stop = (self._integer(b, first, b.add(o, I64(i))) for i in (0, 1))
             at = self._at(b, gradient, b.mul(o, I64(held_map.stride)))
             for begin in range(0, len(places), length):
                 piece = places[begin : begin + length]
                 held = [self._load(b, at, place) for _, place in piece]
 
                 def weight(k: ir.Value, begin=begin, piece=piece, held=held) -> None:
-                    tap = self._at(b, source, b.sext(self._entry(b, p.taps, k), I64))
+                    tap = self._at(b, source, self._integer(b, taps, k))
                     kept = b.sub(k, start)
                     total = self._load(b, partial, kept) if begin else self.zero
                     for (read, _), factor in zip(piece, held, strict=True):
@@ -223,8 +223,6 @@ class TrainingCode(Code):
                 loop(b, start, stop, 1, weight)
 
         self._channels(b, len(p.bias), row)
-        b.ret_void()
-        return function
 
     def _each_window(
         self, b: ir.IRBuilder, channels: int, size: int, pool: tuple[int, int, int], body: Callable

@@ -1,12 +1,14 @@
 """A plan, or its parts, as LLVM's intermediate language, and that as functions to call.
 
-All shapes are constants of the code. A vector register holds one value of 16 images (8 without
-AVX-512), or 16 neighbouring positions of one; memory is addressed in cells, one value of every
-image of a tile.
+All shapes are constants of the code, all that differs between networks of one shape is in tables,
+whose addresses it is called with: so it is compiled once for each shape. A vector register holds
+one value of 16 images (8 without AVX-512), or 16 neighbouring positions of one; memory is addressed
+in cells, one value of every image of a tile.
 """
 
-import ctypes
+import threading
 from collections.abc import Callable, Sequence
+from ctypes import CFUNCTYPE, c_int64, c_void_p
 
 import llvmlite.binding as llvm
 import torch
@@ -22,6 +24,8 @@ F32, I32, I64, PTR, VOID = (
     ir.PointerType(),
     ir.VoidType(),
 )
+llvm.initialize_native_target()
+llvm.initialize_native_asmprinter()
 
 
 def loop(
@@ -55,18 +59,33 @@ def loop(
     return results
 
 
+def addresses(tensors: Sequence[Tensor]) -> Tensor:
+    """Of contiguous tensors, as a table for the code: int64 (tensors,)."""
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])
+
+
 class Code:
-    """A module of functions for tiles of `images` images."""
+    """A module of functions for tiles of `images` images; those of equal shape are written once."""
 
     def __init__(self, images: int):
         self.images = images
         self.sums = host()[1] - 4  # registers left after the weight, its place and the zero
         self.cell = ir.VectorType(F32, images)
         self.module = ir.Module()
+        self.written: dict[tuple, ir.Function] = {}
 
     def function(self, name: str, arguments: Sequence[ir.Type]) -> tuple[ir.Function, ir.IRBuilder]:
         function = ir.Function(self.module, ir.FunctionType(VOID, arguments), name)
         return function, ir.IRBuilder(function.append_basic_block())
+
+    def _shared(self, key: tuple, pointers: int, body: Callable) -> ir.Function:
+        """The function with this key, void (pointers); `body(b, *arguments)` writes it."""
+        if key not in self.written:
+            function, b = self.function(f"{key[0]}{len(self.written)}", [PTR] * pointers)
+            self.written[key] = function
+            body(b, *function.args)
+            b.ret_void()
+        return self.written[key]
 
     def _at(self, b: ir.IRBuilder, base: ir.Value, offset) -> ir.Value:
         offset = I64(offset) if isinstance(offset, int) else offset
@@ -92,16 +111,35 @@ class Code:
     def _multiply_add(self, vector: ir.VectorType) -> ir.Function:
         return self._intrinsic(f"llvm.fmuladd.v{vector.count}f32", vector, *[vector] * 3)
 
-    def _entry(self, b: ir.IRBuilder, tensor: Tensor, index: ir.Value) -> ir.Value:
-        """tensor[index]; its address becomes a constant of the code."""
-        typ = {torch.int32: I32, torch.float32: F32}[tensor.dtype]
-        base = I64(tensor.data_ptr()).inttoptr(PTR)
-        return b.load(b.gep(base, [index], source_etype=typ), typ=typ)
+    def after(self, b: ir.IRBuilder, tables: ir.Value, n: int) -> ir.Value:
+        """The tables behind the first `n`."""
+        return b.gep(tables, [I64(n)], source_etype=PTR)
 
-    def product(self, p: Product, name: str) -> ir.Function:
-        """void name(source, target, pooled): one product for one tile, between these maps."""
-        function, b = self.function(name, [PTR, PTR, PTR])
-        source, target_map, pooled_map = function.args
+    def _table(self, b: ir.IRBuilder, tables: ir.Value, n: int) -> ir.Value:
+        return b.load(self.after(b, tables, n), typ=PTR)
+
+    def _integer(self, b: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
+        """table[index], an int32."""
+        return b.sext(b.load(b.gep(table, [index], source_etype=I32), typ=I32), I64)
+
+    def _float(self, b: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
+        return b.load(b.gep(table, [index], source_etype=F32), typ=F32)
+
+    def product(self, p: Product) -> ir.Function:
+        """void (source, target, pooled, tables): a product of this shape for one tile, between
+        these maps."""
+        return self._shared(("product", p.shape), 4, lambda b, *args: self._product(b, p, *args))
+
+    def _product(
+        self,
+        b: ir.IRBuilder,
+        p: Product,
+        source: ir.Value,
+        target_map: ir.Value,
+        pooled_map: ir.Value,
+        tables: ir.Value,
+    ) -> None:
+        first, taps, values, biases = (self._table(b, tables, n) for n in range(4))
         images, widest = self.images, max(keep[-1] + 1 for _, _, keep in p.vectors)
         width = 1 << (widest - 1).bit_length()  # of a vector, in cells
         vector = ir.VectorType(F32, width * images)
@@ -111,11 +149,10 @@ class Code:
         size = -(-len(p.vectors) // pieces)
 
         def row(o: ir.Value) -> None:
-            start, stop = (self._entry(b, p.first, b.add(o, I64(i))) for i in (0, 1))
-            start, stop = b.sext(start, I64), b.sext(stop, I64)
+            start, stop = (self._integer(b, first, b.add(o, I64(i))) for i in (0, 1))
             stride = 0 if p.pool else p.target.stride
             target = self._at(b, target_map, b.mul(o, I64(stride)))
-            bias = self._splat(b, self._entry(b, p.bias, o), vector)
+            bias = self._splat(b, self._float(b, biases, o), vector)
             for begin in range(0, len(p.vectors), size):
                 piece = p.vectors[begin : begin + size]
 
@@ -123,8 +160,8 @@ class Code:
                     new = []
                     for i in range(p.unroll):
                         at = b.add(k, I64(i))
-                        value = self._splat(b, self._entry(b, p.values, at), vector)
-                        tap = self._at(b, source, b.sext(self._entry(b, p.taps, at), I64))
+                        value = self._splat(b, self._float(b, values, at), vector)
+                        tap = self._at(b, source, self._integer(b, taps, at))
                         for place, _, _ in piece:
                             x = self._load(b, tap, place, vector)
                             new.append(b.call(multiply_add, [x, value, sums[len(new)]]))
@@ -156,8 +193,6 @@ class Code:
                     self._store(b, best, to, place)
 
         loop(b, I64(0), I64(len(p.bias)), 1, row)
-        b.ret_void()
-        return function
 
     def _max(self, b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
         """The larger; `y` if one of them is NaN. One instruction in this form alone."""
@@ -170,17 +205,18 @@ class Engine(Code):
     def __init__(self, plan: Plan):
         super().__init__(plan.images)
         self.plan = plan
-        self._main([self.product(p, f"product{i}") for i, p in enumerate(plan.products)])
+        self.run = self._run([self.product(p) for p in plan.products])
 
-    def _main(self, steps: list[ir.Function]) -> None:
-        """void run(images, n, strides n, c, h, w, logits, scratch, tile): one tile of images.
+    def _run(self, steps: list[ir.Function]) -> ir.Function:
+        """void run(images, n, strides n, c, h, w, logits, scratch, tile, tables): one tile.
 
         Images are float32 with these strides in elements, logits (n, classes). A tile's missing
         images are copies of the last. An image with a pixel that is not finite has logits that are
         NaN, as in the dense network, which multiplies it by zero as well.
         """
-        function, b = self.function("run", [PTR, I64, I64, I64, I64, I64, PTR, PTR, I64])
-        images, n, sn, sc, sh, sw, logits, scratch, tile = function.args
+        function, b = self.function("run", [PTR, I64, I64, I64, I64, I64, PTR, PTR, I64, PTR])
+        images, n, sn, sc, sh, sw, logits, scratch, tile, tables = function.args
+        pixels = self._table(b, tables, 0)
         plan = self.plan
 
         def float_at(base: ir.Value, offset: ir.Value) -> ir.Value:
@@ -198,8 +234,8 @@ class Engine(Code):
             for lane, source in enumerate(sources):
                 one = b.load(float_at(source, at), typ=F32)
                 value = b.insert_element(value, one, I32(lane))
-            place = self._entry(b, plan.pixels, b.add(b.mul(y, size), x))
-            place = b.add(b.sext(place, I64), b.mul(c, I64(m.stride)))
+            place = self._integer(b, pixels, b.add(b.mul(y, size), x))
+            place = b.add(place, b.mul(c, I64(m.stride)))
             self._store(b, value, scratch, b.add(place, I64(m.base)))
             return [b.fadd(spoilt, b.fmul(value, zero))]
 
@@ -208,10 +244,11 @@ class Engine(Code):
         (spoilt,) = loop(b, I64(0), I64(plan.image.channels), 1, lambda c, s: loop(
             b, I64(0), size, 1, lambda y, s: loop(
                 b, I64(0), size, 1, lambda x, s: pixel(c, y, x, s), [s]), [s]), [zero])  # fmt: skip
-        for step, product in zip(steps, plan.products, strict=True):
+        for i, (step, product) in enumerate(zip(steps, plan.products, strict=True)):
+            own = self.after(b, tables, 1 + i * len(product.tables))
             pooled = product.pool.target if product.pool else product.target
             places = [m.base for m in (product.source, product.target, pooled)]
-            b.call(step, [self._at(b, scratch, place) for place in places])
+            b.call(step, [*(self._at(b, scratch, place) for place in places), own])
         classes = plan.logits.channels
 
         def write(k: ir.Value) -> None:
@@ -222,29 +259,41 @@ class Engine(Code):
                 b.store(b.extract_element(value, I32(lane)), at)
 
         loop(b, I64(0), I64(classes), 1, write)
-
         b.ret_void()
+        return function
 
 
 class Compiled:
-    """The functions of a module, compiled for this machine: `names` with their arguments' types."""
+    """Functions of a module, compiled for this machine, by these names."""
 
-    def __init__(self, code: Code, names: dict[str, list[type]]):
+    def __init__(self, code: Code, functions: dict[str, ir.Function]):
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
         )
         module = llvm.parse_assembly(str(code.module))
         self._engine = llvm.create_mcjit_compiler(module, machine)  # holds the code
         self._engine.finalize_object()
-        for name, types in names.items():
-            address = self._engine.get_function_address(name)
-            setattr(self, name, ctypes.CFUNCTYPE(None, *types)(address))
+        for name, function in functions.items():
+            types = [c_void_p if argument.type == PTR else c_int64 for argument in function.args]
+            address = self._engine.get_function_address(function.name)
+            setattr(self, name, CFUNCTYPE(None, *types)(address))
+
+
+_compiled: dict[tuple, Compiled] = {}
+_compiling = threading.Lock()
+
+
+def compiled(shape: tuple, write: Callable[[], tuple[Code, dict[str, ir.Function]]]) -> Compiled:
+    """What `write` returns, code and its functions, compiled once in a process for each `shape`."""
+    with _compiling:
+        key = host(), shape
+        if key not in _compiled:
+            _compiled[key] = Compiled(*write())
+        return _compiled[key]
 
 
 def host() -> tuple[int, int]:
     """Floats in a vector register, and how many of these there are."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()
     if features.get("avx512f"):
         return 16, 32

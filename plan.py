@@ -19,7 +19,7 @@ LARGEST = 64  # pixels a side of the images for `sparse.py`, whose code has ever
 PAYS = 1 / 4  # of the weights that meet a map: with more, dense products are as fast (LOG.md)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Map:
     """Activations of a tile of images: (channels, phases, phases, side, side) with a zero border.
 
@@ -48,7 +48,7 @@ class Map:
         return ((i * self.phases + j) * self.side + y) * self.side + x
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pool:
     """Maxima of a map's windows of `kernel` x `kernel` positions, `stride` apart."""
 
@@ -76,6 +76,9 @@ class Pool:
         ]
 
 
+Vector = tuple[int, int, tuple[int, ...]]  # in, out, cells from there on that are meant
+
+
 @dataclass
 class Product:
     """target[o, out] (+)= bias[o] + sum over the row's weights w at tap t: w * source[t + in].
@@ -88,7 +91,7 @@ class Product:
     name: str  # of the layer
     source: Map
     target: Map
-    vectors: list[tuple[int, int, list[int]]]  # (in, out, cells from there on that are meant)
+    vectors: tuple[Vector, ...]
     first: Tensor  # int32 (rows + 1,)
     taps: Tensor  # int32 (weights,)
     values: Tensor  # float32 (weights,)
@@ -99,19 +102,30 @@ class Product:
     copy: bool = False
     unroll: int = 1  # weights at a time; rows are filled up with zeros
 
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """What differs from one network to another of the same shape."""
+        return self.first, self.taps, self.values, self.bias
 
-def _vectors(
-    source: Map, target: Map, step: int, positions: int
-) -> list[tuple[int, int, list[int]]]:
+    @property
+    def shape(self) -> tuple:
+        """All that its code depends on, beside where the maps are."""
+        options = self.add, self.relu, self.unroll, self.pool
+        return len(self.bias), self.vectors, self.target.stride, *options
+
+
+def _vectors(source: Map, target: Map, step: int, positions: int) -> tuple[Vector, ...]:
     """As few vectors as cover all positions of `target`, which are `step` apart in `source`."""
-    vectors: list[tuple[int, int, list[int]]] = []
+    vectors: list[Vector] = []
     for y, x in itertools.product(range(target.size), repeat=2):
         read, written = (y * source.side + x) * step, target.at(y, x)
-        if vectors and read - vectors[-1][0] == written - vectors[-1][1] < positions:
-            vectors[-1][2].append(read - vectors[-1][0])
-        else:
-            vectors.append((read, written, [0]))
-    return vectors
+        if vectors:
+            begin, to, cells = vectors[-1]
+            if read - begin == written - to < positions:
+                vectors[-1] = begin, to, (*cells, read - begin)
+                continue
+        vectors.append((read, written, (0,)))
+    return tuple(vectors)
 
 
 def product(
@@ -188,6 +202,17 @@ class Plan:
         weight = model.fc.weight[:, :, None, None].expand(-1, -1, x.size, x.size) / x.size**2
         self.logits = self._map(len(weight), 1, 0)
         self._product("fc", weight, model.fc.bias, x, self.logits, 1, 0)
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """What differs from one network to another of the same shape."""
+        return [self.pixels, *(table for p in self.products for table in p.tables)]
+
+    @property
+    def shape(self) -> tuple:
+        """All that its code depends on."""
+        products = tuple((p.source, p.target, p.shape) for p in self.products)
+        return self.images, self.positions, self.image, self.logits, products
 
     @property
     def multiply_adds(self) -> int:

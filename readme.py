@@ -22,6 +22,7 @@ import checkpoint
 import plots
 import prune
 import record
+import shell
 import train
 
 HERE = Path(__file__).resolve().parent
@@ -324,4 +325,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(shell.run(main))

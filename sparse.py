@@ -8,12 +8,11 @@ weight serves them all and no index is ever looked up per image. Each convolutio
 its weights that are not zero, output channel by output channel: the channel's map, in pieces of up
 to 28 positions, stays in registers while each weight adds its multiple of a shifted input map,
 whose place is read once for the whole piece. For few images the registers hold 16 neighbouring
-positions of one image instead. The code for that (llvmsource.py) is written and compiled when the
-engine is first called, in 0.2 to 0.4 s.
+positions of one image instead. The code for that (llvmsource.py) is written and compiled when an
+engine of its shape is first called, in 0.2 to 0.4 s.
 """
 
 import contextlib
-import ctypes
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,11 +28,19 @@ class _Compiled:
     """A plan's code, and scratch memories for as many tiles as are worked on at once."""
 
     def __init__(self, plan: Plan):
-        self.plan = plan  # holds the tensors that the code reads
-        kinds = [ctypes.c_void_p, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2, ctypes.c_int64]
-        self._functions = llvmsource.Compiled(llvmsource.Engine(plan), {"run": kinds})
-        self.run = self._functions.run
+        self.plan = plan
+        self._held = plan.tables
+        self._addresses = llvmsource.addresses(self._held)
+        self._functions = llvmsource.compiled(plan.shape, self._write)
         self._idle: list[Tensor] = []
+
+    def _write(self) -> tuple[llvmsource.Code, dict]:
+        code = llvmsource.Engine(self.plan)
+        return code, {"run": code.run}
+
+    def run(self, *arguments: int) -> None:
+        """One tile; arguments as of llvmsource.Engine's `run`, but the tables."""
+        self._functions.run(*arguments, self._addresses.data_ptr())
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[int]:

@@ -12,12 +12,12 @@ is: maps are larger than caches, so each is read as seldom as BatchNorm's statis
 forward and twice backward, and its memory is used again in the next step.
 """
 
-import ctypes
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from llvmlite import ir
 from torch import Tensor, nn
 
 import llvmgrad
@@ -79,6 +79,7 @@ class Unit:
             mirrored = numbers.transpose(0, 1).flip(2, 3)
             args = mirrored, zeros[1], self.spread, dx, 1, back
             self.products.append(plan.product("", *args, add=onto))
+        self.tables = llvmsource.addresses([t for p in self.products for t in p.tables])
         self.filled = [p.values.nonzero().squeeze(1) for p in self.products]
         pairs = zip(self.products, self.filled, strict=True)
         self.numbers = [p.values[filled].long() - 1 for p, filled in pairs]
@@ -89,34 +90,47 @@ class Unit:
             "row": row * images,
         }
 
-    def write(self, code: llvmgrad.TrainingCode, n: int) -> dict[str, int]:
-        """The functions forward<n>(x, padded, y, sums) and backward<n>(x, dy, y, factors, padded,
-        spread, row, sums, dx), and names of all that are called, with the number of arguments."""
+    @property
+    def shape(self) -> tuple:
+        """All that its code depends on."""
+        maps = self.size, self.size_out, self.padded, self.spread
+        products = tuple(p.shape for p in self.products)
+        return *products, *maps, self.stride, self.relu, self.adds, self.first
+
+    def write(self, code: llvmgrad.TrainingCode, n: int) -> dict[str, ir.Function]:
+        """Its functions forward<n>(x, padded, y, sums, tables), backward<n>(x, dy, y, factors,
+        padded, spread, row, sums, dx, tables), and as in llvmgrad normalize<n>, norm_gradient<n>.
+        """
         channels, positions = self.channels, self.size_out**2
         moments = code.moments(channels, positions)
         pad = code.pad(self.size, self.padded)
-        product = code.product(self.products[0], f"product{n}")
+        product = code.product(self.products[0])
         combine = code.combine(self.size_out, self.spread, self.stride)
-        gradient = code.gradient(self.products[0], self.spread, self.stride, f"gradient{n}")
+        gradient = code.gradient(self.products[0], self.spread, self.stride)
         normalize = code.normalize(channels, positions, self.adds, self.relu)
         norm_gradient = code.norm_gradient(channels, positions, self.relu)
-        function, b = code.function(f"forward{n}", [llvmsource.PTR] * 4)
-        x, padded, y, sums = function.args
+        forward, b = code.function(f"forward{n}", [llvmsource.PTR] * 5)
+        x, padded, y, sums, tables = forward.args
         b.call(pad, [x, padded])
-        b.call(product, [padded, y, y])
+        b.call(product, [padded, y, y, tables])
         b.call(moments, [y, sums])
         b.ret_void()
-        function, b = code.function(f"backward{n}", [llvmsource.PTR] * 9)
-        x, dy, y, factors, padded, spread, row, sums, dx = function.args
+        backward, b = code.function(f"backward{n}", [llvmsource.PTR] * 10)
+        x, dy, y, factors, padded, spread, row, sums, dx, tables = backward.args
         b.call(pad, [x, padded])
         b.call(combine, [dy, y, factors, spread])
-        b.call(gradient, [padded, spread, row, sums])
+        b.call(gradient, [padded, spread, row, sums, tables])
         if not self.first:
-            transposed = code.product(self.products[1], f"transposed{n}")
-            b.call(transposed, [spread, dx, dx])
+            transposed, others = code.product(self.products[1]), len(self.products[0].tables)
+            b.call(transposed, [spread, dx, dx, code.after(b, tables, others)])
         b.ret_void()
-        self.normalize_name, self.norm_gradient_name = normalize.name, norm_gradient.name
-        return {f"forward{n}": 4, f"backward{n}": 9, normalize.name: 5, norm_gradient.name: 5}
+        functions = {
+            "forward": forward,
+            "normalize": normalize,
+            "norm_gradient": norm_gradient,
+            "backward": backward,
+        }
+        return {f"{name}{n}": function for name, function in functions.items()}
 
     def set(self) -> None:
         """Take over the values of the weights."""
@@ -206,16 +220,18 @@ class SparseForward:
 
     @functools.cached_property
     def compiled(self) -> llvmsource.Compiled:
-        code, names = llvmgrad.TrainingCode(self.images), {}
+        shape = self.images, self.pool, *(unit.shape for unit in self.units)
+        return llvmsource.compiled(shape, self._write)
+
+    def _write(self) -> tuple[llvmgrad.TrainingCode, dict[str, ir.Function]]:
+        code, functions = llvmgrad.TrainingCode(self.images), {}
         for n, unit in enumerate(self.units):
-            names |= unit.write(code, n)
+            functions |= unit.write(code, n)
         if self.pool is not None:
             stem = self.units[0]
             shape = stem.channels, stem.size_out, self.pool
-            self._pools = code.pool(*shape).name, code.pool_gradient(*shape).name
-            names |= dict(zip(self._pools, (2, 4), strict=True))
-        kinds = {name: [ctypes.c_void_p] * count for name, count in names.items()}
-        return llvmsource.Compiled(code, kinds)
+            functions |= {"pool": code.pool(*shape), "pool_gradient": code.pool_gradient(*shape)}
+        return code, functions
 
     def _map(self, key: object, *shape: int, zero: bool = False) -> Tensor:
         """Memory that is the same at each call; `key` is its owner's."""
@@ -260,16 +276,17 @@ class SparseForward:
         raw, y = self._map((n, "raw"), *shape), self._map((n, "y"), *shape)
         moments = self._map("sums", tiles, 2, unit.channels)
         scratch = self._scratch(unit, ("padded",))
-        first = getattr(self.compiled, f"forward{n}")
+        first, tables = getattr(self.compiled, f"forward{n}"), _at(unit.tables)
         self._each_tile(
-            tiles, lambda t, i: first(_at(x, t), *scratch[i], _at(raw, t), _at(moments, t))
+            tiles,
+            lambda t, i: first(_at(x, t), *scratch[i], _at(raw, t), _at(moments, t), tables),
         )
         mean, variance = unit.statistics(moments, raw.numel() // unit.channels)
         inverse = (variance + unit.norm.eps).rsqrt()
         scale = unit.norm.weight.detach() * inverse
         shift = (unit.norm.bias.detach() - mean * scale).float()
         scale = scale.float()
-        second = getattr(self.compiled, unit.normalize_name)
+        second = getattr(self.compiled, f"normalize{n}")
         added = y if shortcut is None else shortcut
         channels = _at(scale), _at(shift)
         self._each_tile(
@@ -285,7 +302,7 @@ class SparseForward:
         x, raw, y, mean, inverse = unit.kept
         sums = self._map("sums", tiles, 2, unit.channels)
         middle = mean.float()
-        first = getattr(self.compiled, unit.norm_gradient_name)
+        first = getattr(self.compiled, f"norm_gradient{n}")
         self._each_tile(
             tiles,
             lambda t, i: first(_at(dy, t), _at(y, t), _at(raw, t), _at(middle), _at(sums, t)),
@@ -300,12 +317,12 @@ class SparseForward:
         # Each tile has sums of its own: added in whatever order, they would be rounded differently.
         products = self._map((n, "gradients"), tiles, len(unit.products[0].values))
         scratch = self._scratch(unit, ("padded", "spread", "row"))
-        second = getattr(self.compiled, f"backward{n}")
+        second, tables = getattr(self.compiled, f"backward{n}"), _at(unit.tables)
 
         def work(t: int, i: int) -> None:
             to = 0 if dx is None else _at(dx, t)
             inputs = _at(x, t), _at(dy, t), _at(raw, t), _at(factors)
-            second(*inputs, *scratch[i], _at(products, t), to)
+            second(*inputs, *scratch[i], _at(products, t), to, tables)
 
         self._each_tile(tiles, work)
         weight = torch.zeros_like(unit.conv.weight)
@@ -319,7 +336,7 @@ class SparseForward:
         if self.pool is not None:
             full, tiles, channels = y, len(y), y.shape[1]
             y = self._map("pooled", tiles, channels, self.pooled**2, self.images)
-            pool = getattr(self.compiled, self._pools[0])
+            pool = self.compiled.pool
             self._each_tile(tiles, lambda t, i: pool(_at(full, t), _at(y, t)))
         for inner, outer, down in self.blocks:
             shortcut = y if down is None else self._unit(down, y)
@@ -341,7 +358,7 @@ class SparseForward:
         if self.pool is not None:
             x, pooled, dy = stem.kept[2], self.blocks[0][0].kept[0], current
             current = self._map("d of the stem", *x.shape)  # may be as small as dy
-            pool = getattr(self.compiled, self._pools[1])
+            pool = self.compiled.pool_gradient
             self._each_tile(
                 len(x),
                 lambda t, i: pool(_at(x, t), _at(pooled, t), _at(dy, t), _at(current, t)),

@@ -61,7 +61,9 @@ def compare(folder, flags, model, images_u8, bits=32, classes=()):
 
 
 @compiled
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize(
+    "bits", [32, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (16, 4))]
+)
 def test_the_shipped_network_fits_a_small_device(bits, tmp_path, sanitizers):
     model, meta = checkpoint.load(WEIGHTS)
     source = compare(tmp_path, sanitizers, model, pictures(20), bits, meta["classes"])

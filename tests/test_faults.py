@@ -16,21 +16,10 @@ import record
 import train
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    shrunk.write_images(folder / "data")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    """The weights of a run that was never stopped."""
-    assert faults.run(folder).returncode == 0
-    return faults.weights(folder)
-
-
-def test_killed_and_stopped_runs_end_with_the_same_weights(folder, expected):
+def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path):
+    folder = tmp_path
+    assert train.main([*tiny[:-1], str(shrunk.write_images(folder / "data"))]) == 0
+    expected = faults.weights(folder)
     shutil.rmtree(folder / "runs")
     for die in ("step 7", "write 6"):
         assert faults.run(folder, DIE=die).returncode == -9

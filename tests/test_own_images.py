@@ -55,12 +55,12 @@ def read_rows(path):
 
 
 def test_a_grey_folder_through_the_whole_chain(tiny, drawn, folder, tmp_path, capsys):
-    flags = ["--quick", "--device", "cpu", "--data", str(folder), "--image-size", "40"]
+    flags = ["--quick", "--device", "cpu", "--data", str(folder), "--image-size", "30"]
     assert train.main([*flags, "--name", "own"]) == 0
     run = tmp_path / "runs" / "own"
     model, meta = checkpoint.load(run / "pruned_resnet18.pth")
     assert meta["parameters"] == 100_000 and meta["classes"] == ["left", "middle", "right"]
-    assert (meta["image_size"], meta["grey"], meta["dataset"]) == (40, True, "folder")
+    assert (meta["image_size"], meta["grey"], meta["dataset"]) == (30, True, "folder")
     assert not model.conv1.weight[:, 1:].any()  # grey: one channel's weights are enough
     for picture in ("confusion", "mistakes", "layers", "curves"):
         assert (run / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
@@ -103,7 +103,8 @@ def test_images_that_were_added_are_noticed(tiny, folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("size", "stem"), [(32, 4), (40, 2), pytest.param(64, 2, marks=pytest.mark.slow)]
+    ("size", "stem"),
+    [(32, 4), *(pytest.param(size, 2, marks=pytest.mark.slow) for size in (40, 64))],
 )
 def test_colour_images_through_the_whole_chain(size, stem, tiny, tmp_path, capsys):
     folder = colour(tmp_path / "cifar")

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import faults
 import pytest
 import ranks
 import tiny as shrunk
@@ -17,6 +16,7 @@ import torch
 import torch.multiprocessing as mp
 
 import checkpoint
+import loop
 import parallel
 import train
 
@@ -33,8 +33,8 @@ def torchrun(folder, n, *flags, **environment):
     )
 
 
-def rows(folder):
-    with (folder / "runs" / "quick-seed0" / "metrics.csv").open() as file:
+def rows(run):
+    with (run / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -43,33 +43,43 @@ def first_losses(text):
     return [[float(loss) for loss in line.split()] for line in lines]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    shrunk.write_images(tmp_path / "data")
-    return tmp_path
+def test_two_processes_follow_one_and_go_on_where_one_was_stopped(tiny, tmp_path, monkeypatch):
+    flags = [*tiny[:-1], str(shrunk.write_images(tmp_path / "data"))]
+    monkeypatch.setattr(train, "announce", lambda *args: None)  # its steps are not training steps
+    first, steps = [], []
+    result, step = loop.Progress.result, loop.Network.step
 
+    def telling(self):
+        losses, accuracy = result(self)
+        first.append(losses[:2].tolist())
+        return losses, accuracy
 
-def test_two_processes_follow_one_and_go_on_where_one_was_stopped(folder, tmp_path):
-    alone = tmp_path / "alone"
-    shrunk.write_images(alone / "data")
-    unstopped = faults.run(alone, LOSSES="1")
-    assert unstopped.returncode == 0
-    assert faults.run(folder, DIE="step 7").returncode == -9  # in the second epoch of six
-    ended = torchrun(folder, 2, LOSSES="1")
+    def stopped(*args):
+        steps.append(args)
+        if len(steps) == 7:  # in the second epoch of six
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Progress, "result", telling)
+        assert train.main([*flags, "--name", "alone"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Network, "step", stopped)
+        assert train.main(flags) == 130
+    ended = torchrun(tmp_path, 2, LOSSES="1")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("pruned 2/2    2/2") == 1  # only one of them speaks
     assert ended.stderr.count("100000 parameters left") == 2  # but both have the same count
-    one, two = rows(alone), rows(folder)
+    one, two = (rows(tmp_path / "runs" / name) for name in ("alone", "quick-seed0"))
     assert [r["parameters"] for r in one] == [r["parameters"] for r in two]
-    first, second = (first_losses(text.stderr) for text in (unstopped, ended))
+    second = first_losses(ended.stderr)
     # Of the student, which both train from the same weights. Later steps differ more: rounding
     # grows in BatchNorms of channels that hardly vary.
     assert second[0] == second[1] == pytest.approx(first[1], rel=1e-5)
     for a, b in zip(one, two, strict=True):
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.1)
-    path = folder / "runs" / "quick-seed0" / "pruned_resnet18.pth"
-    with shrunk.narrow():
-        assert checkpoint.load(path)[1]["parameters"] == 100_000
+    path = tmp_path / "runs" / "quick-seed0" / "pruned_resnet18.pth"
+    assert checkpoint.load(path)[1]["parameters"] == 100_000
 
 
 def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):

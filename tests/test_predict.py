@@ -172,19 +172,22 @@ def test_flags_against_what_the_file_says(said, message, flags, capsys, tmp_path
 
 @pytest.mark.parametrize("output", ["-", "/dev/stdout"])
 @pytest.mark.parametrize("json", [[], ["--json"]])
-def test_predictions_on_standard_output_stand_there_alone(output, json, flags, tmp_path):
-    command = [sys.executable, SCRIPT, *flags[:2], *flags[4:], "-o", output, *json]
-    if json:
-        written = subprocess.run(command, capture_output=True, text=True)
-        predictions = written.stdout
-    else:
-        log = tmp_path / "log"
-        log.write_text("before\n")
-        with log.open("a") as file:
-            written = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True)
-        before, predictions = log.read_text().split("\n", 1)
-        assert before == "before"
-    assert written.returncode == 0 and "100" in written.stderr
+def test_predictions_on_standard_output_stand_there_alone(output, json, flags, capfd):
+    assert predict.main([*flags[:2], *flags[4:], "-o", output, *json]) == 0
+    written = capfd.readouterr()
+    assert written.out.startswith("id,pred\n0,") and written.out.count("\n") == 41
+    assert "100" in written.err
+
+
+@pytest.mark.parametrize("output", ["-", "/dev/stdout"])
+def test_predictions_are_added_to_a_log(output, flags, tmp_path):
+    log, pipe = tmp_path / "log", subprocess.PIPE
+    log.write_text("before\n")
+    command = [sys.executable, SCRIPT, *flags[:2], *flags[4:], "-o", output]
+    with log.open("a") as file:
+        written = subprocess.run(command, stdout=file, stderr=pipe, text=True)
+    before, predictions = log.read_text().split("\n", 1)
+    assert (written.returncode, before) == (0, "before") and "100" in written.stderr
     assert predictions.startswith("id,pred\n0,") and predictions.count("\n") == 41
 
 

@@ -9,10 +9,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SAID = "import shell, sys\nsys.exit(shell.run(lambda: {}))"
 
 
-@pytest.mark.parametrize("script", ["train.py", "predict.py", "export.py", "bench.py"])
-def test_a_closed_pipe_ends_a_script_without_a_word(script):
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "export.py", "bench.py", "readme.py"])
+def test_all_scripts_end_alike(script):
+    end = 'if __name__ == "__main__":\n    sys.exit(shell.run(main))\n'
+    assert (ROOT / script).read_text().endswith(end)
+
+
+def test_a_closed_pipe_ends_a_script_without_a_word():
     """As `| head` does; all scripts print their help on the way that they print everything."""
-    command = f"{sys.executable} {ROOT / script} --help | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} {ROOT / 'predict.py'} --help | true; exit ${{PIPESTATUS[0]}}"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (141, "")

@@ -85,6 +85,17 @@ def test_narrow_vectors_and_few_registers_compute_the_same(narrow_resnet18, monk
         assert differs(engine, model, images(21)) < 1e-4
 
 
+def test_networks_of_one_shape_share_their_code(resnet18, pruned, monkeypatch):
+    engine, batch = sparse.SparseResNet(prune_to(resnet18, 90_000), 28), images(20)
+    before = engine(batch)
+    engine(batch[:2])  # the other kind of code
+    monkeypatch.setattr(llvmsource, "Compiled", None)
+    assert differs(sparse.SparseResNet(pruned, 28), pruned, batch[:18]) < 1e-4
+    assert torch.equal(engine(batch), before)
+    with pytest.raises(TypeError):  # another shape
+        sparse.SparseResNet(pruned, 27)(batch[:, :, 1:, 1:])
+
+
 def test_any_layout_of_images_and_none_at_all():
     engine = sparse.SparseResNet(checkpoint.load(WEIGHTS)[0], 28, grey=False)
     x = images(19, grey=False).contiguous()
