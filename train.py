@@ -5,10 +5,10 @@
 
 Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
 (ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
-on). A recipe can do without a teacher: then the student learns from labels, and teaches what is
-left of it. All that a run leaves is in runs/<name>/; the same command goes on with a run that was
-stopped. Validation images, held out of the training set, choose the epoch; test is measured once,
-at the end.
+on, from the better of the two). A recipe can do without a teacher: then the student learns from
+labels, and teaches what is left of it. All that a run leaves is in runs/<name>/; the same command
+goes on with a run that was stopped. Validation images, held out of the training set, choose the
+epoch; test is measured once, at the end.
 """
 
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
@@ -152,11 +152,18 @@ def given(run: Run, stage: str) -> Path | None:
 
 
 def teacher_of(run: Run, part: Part) -> Path | None:
-    """The file of the network that `part` learns from beside the labels; None: from labels only."""
+    """The file of the network that `part` learns from beside the labels; None: from labels only.
+
+    Of teacher and dense student, the better one on validation teaches what is left of the student:
+    where images are few, a ResNet50 of few steps can be near chance.
+    """
     if part.name == "teacher":
         return None
     own = "teacher" if run.settings["recipe"]["teacher"] else "student"
     path = given(run, "teacher") or given(run, own) or run.folder / f"{own}.pth"
+    trained = [run.folder / f"{stage}.pth" for stage in STAGES[:2]]
+    if part.name == "pruned" and path in trained and all(file.exists() for file in trained):
+        path = max(trained, key=lambda file: checkpoint.load(file)[1]["val_accuracy"] or 0)
     return None if path == run.path(part) else path
 
 
@@ -164,13 +171,13 @@ def train(
     run: Run, parts: list[Part], images: loop.Images, setup: Setup, source: data.Source, stop: Stop
 ) -> None:
     """All parts that are not finished yet."""
-    teacher, before = None, given(run, "student")
+    teacher, taught_by, before = None, None, given(run, "student")
     for part in parts:
         parallel.wait()  # until process 0 has written the part before
         path, learns_from = run.path(part), teacher_of(run, part)
         if not path.exists():
-            if learns_from is not None and teacher is None:
-                teacher = setup.frozen(checkpoint.load(learns_from)[0])
+            if learns_from is not None and learns_from != taught_by:
+                teacher, taught_by = setup.frozen(checkpoint.load(learns_from)[0]), learns_from
             if part.name == "pruned":
                 model, _ = checkpoint.load(before)
             else:
@@ -385,11 +392,11 @@ def measure(
         if given(run, stage):  # what is zero already costs nothing
             network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         network.model.train()
-        steps, answers = [], []
+        steps, answers, taught = [], [], teacher_of(run, part) is not None
         batches = images.batches(Generator(setup.device).manual_seed(0))
         for _, (batch, targets) in zip(range(5), batches, strict=False):
             began = time.perf_counter()
-            logits = teacher.logits(batch) if teacher_of(run, part) else None
+            logits = teacher.logits(batch) if taught else None
             answered = time.perf_counter()
             loss, _ = network.step(batch, targets, logits, rate=0.0)
             loss.item()

@@ -233,6 +233,25 @@ def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("better", ["teacher", "student"])
+def test_the_better_dense_network_teaches_what_is_left(better, tiny, monkeypatch):
+    save, fit, taught = checkpoint.save, loop.fit, {}
+
+    def said(path, model, meta, *args):
+        save(path, model, {**meta, "val_accuracy": 0.6 + 0.1 * (meta["stage"] == better)}, *args)
+
+    def watched(part, model, teacher, *args, **options):
+        taught[part.title] = teacher and hasattr(teacher.layer1[0], "conv3")
+        return fit(part, model, teacher, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "save", said)
+    monkeypatch.setattr(loop, "fit", watched)
+    assert train.main(tiny) == 0
+    deep = better == "teacher"
+    expected = {"teacher": None, "student": True, "pruned 1/2": deep, "pruned 2/2": deep}
+    assert taught == expected
+
+
 def test_a_given_network_is_cut_and_trained_on(tiny, folder, tmp_path, monkeypatch, capsys):
     assert train.main(tiny) == 0
     student, pruned = (folder / f"{name}.pth" for name in ("student", "pruned_resnet18"))
