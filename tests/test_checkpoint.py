@@ -352,7 +352,7 @@ def test_bad_files_of_8_bits_get_one_clear_line(kind, eight_bits, path):
 def test_a_failed_write_leaves_the_old_file_and_no_scratch(tmp_path):
     path = tmp_path / "file.pth"
     checkpoint.write(path, "old")
-    with pytest.raises(Exception, match="pickle|local object"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         checkpoint.write(path, {"code": lambda: None})
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
