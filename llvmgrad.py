@@ -14,6 +14,8 @@ from plan import Map, Product
 
 
 class TrainingCode(Code):
+    """A module of such functions."""
+
     def __init__(self, images: int):
         super().__init__(images)
         self.zero = ir.Constant(self.cell, [0.0] * images)

@@ -96,7 +96,7 @@ def bf16_pays(device: torch.device) -> bool:
         return fastest[0] / fastest[1]
 
     # Small ones first: without units for it bf16 is many times slower, and large ones take seconds.
-    return faster(256) > 0.5 and faster(768) > 1.5
+    return faster(256) > 1 / 8 and faster(768) > 1.5
 
 
 def build(arch: str, num_classes: int, imagenet: bool = False, stem: int = 4) -> nn.Module:

@@ -28,9 +28,8 @@ class _Compiled:
     """A plan's code, and scratch memories for as many tiles as are worked on at once."""
 
     def __init__(self, plan: Plan):
-        self.plan = plan
-        self._held = plan.tables
-        self._addresses = llvmsource.addresses(self._held)
+        self.plan = plan  # holds the tensors that the code reads
+        self._addresses = llvmsource.addresses(plan.tables)
         self._functions = llvmsource.compiled(plan.shape, self._write)
         self._idle: list[Tensor] = []
 

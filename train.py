@@ -174,8 +174,9 @@ def train(
     teacher, taught_by, before = None, None, given(run, "student")
     for part in parts:
         parallel.wait()  # until process 0 has written the part before
-        path, learns_from = run.path(part), teacher_of(run, part)
+        path = run.path(part)
         if not path.exists():
+            learns_from = teacher_of(run, part)
             if learns_from is not None and learns_from != taught_by:
                 teacher, taught_by = setup.frozen(checkpoint.load(learns_from)[0]), learns_from
             if part.name == "pruned":

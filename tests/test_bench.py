@@ -9,7 +9,7 @@ import bench
 import export
 import train
 
-SLOW = ("shared", "start", "train")  # real seconds of other processes
+SLOW = ("shared", "start", "train")  # seconds of other processes, or of training
 MARKED = [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in bench.PARTS]
 
 

@@ -128,7 +128,7 @@ def readme_commands() -> list[tuple[str, list[str]]]:
     """(script, flags) of every command with a script of ours in the README."""
     text = (ROOT / "README.md").read_text()
     lines = re.findall(r"^(?:uv run|python|torchrun)\b.*", text, re.M)
-    lines += re.findall(r"`((?:uv run|python) [^`]+\.py[^`]*)`", text)
+    lines += re.findall(r"`((?:uv run|python) [^`]+\.py[^`]*|train\.py --[^`]+)`", text)
     commands = []
     for line in lines:
         words = shlex.split(line, comments=True)
