@@ -33,7 +33,6 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises
 PLAIN = 0.25  # share of the epochs, the last: whole images, mirrored at random, but not mixed
 CLIP = 1.0  # largest norm of the gradient
 AVERAGE, UPDATES = 0.03, 10  # the average of weights looks back this share of a training's steps
-LEAST = 75  # steps of an epoch; fewer images are seen several times in it
 FEW, SMALLEST = 16, 32  # while a pass has fewer steps, batches are halved, down to as many images
 REFRESH = 8  # batches from which BatchNorm statistics are taken anew after a cut
 
@@ -64,6 +63,7 @@ class Recipe:
     budgets: tuple[int, ...] = ()  # what rounds end with; (): evenly, by their shares, to --budget
     images: int | None = None  # of the training set; None: all
     batch_size: int = 256
+    least_steps: int = 50  # of an epoch; fewer images are seen several times in it
     crop_scale: tuple[float, float] = (0.85, 1.0)  # share of the image's area
     mixup_alpha: float = 0.1
     erased: float = 0.0  # share of the images of which a rectangle is noise
@@ -106,16 +106,17 @@ class Setup:
         return rewrite.frozen(model, self.device, self.bf16, self.image_size)
 
 
-def lengths(n: int, batch_size: int) -> tuple[int, int, int]:
+def lengths(n: int, recipe: Recipe) -> tuple[int, int, int]:
     """(images of a batch, steps of a pass over `n` images, passes of an epoch).
 
-    What trains a network is steps. Recipes count epochs, so an epoch has at least LEAST steps.
+    What trains a network is steps. Recipes count epochs, so an epoch has a least number of steps.
     """
+    batch_size = recipe.batch_size
     while n // batch_size < FEW and batch_size >= 2 * SMALLEST:
         batch_size //= 2
     batch_size = min(batch_size, n)
     steps = n // batch_size
-    return batch_size, steps, math.ceil(LEAST / steps)
+    return batch_size, steps, math.ceil(recipe.least_steps / steps)
 
 
 class Teacher:
@@ -159,7 +160,7 @@ class Images:
     ):
         self.images_u8, self.labels, self.classes = images_u8, labels, classes
         self.recipe, self.val, self.flip = recipe, val, flip
-        self.batch_size, self.steps, self.passes = lengths(len(labels), recipe.batch_size)
+        self.batch_size, self.steps, self.passes = lengths(len(labels), recipe)
 
     def epoch(
         self, epoch: int, epochs: int, generator: Generator

@@ -1,4 +1,4 @@
-"""The folder of a run: settings, state, record, results, report, lock.
+"""The folder of a run: settings, state, record, results, lock.
 
 It knows files, neither devices nor images.
 """
@@ -23,7 +23,6 @@ STATE, STATE_BEFORE = "state.pt", "state-before.pt"
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs"
 RESULTS = RUNS / "results.csv"
-TOO_MUCH = 0.02  # accuracy that pruning may cost before the report warns
 
 
 class UsageError(Exception):
@@ -96,6 +95,11 @@ class Run:
     def finished(self) -> bool:
         return "stages" in self.record
 
+    def given(self, stage: str) -> Path | None:
+        """The file of --teacher or --student."""
+        file = self.settings[stage]
+        return Path(file["file"]) if file else None
+
     def path(self, part: Part) -> Path:
         """The file of a finished part."""
         return self.folder / part.file
@@ -139,53 +143,6 @@ class Run:
         checkpoint.write(self.folder / "run.json", json.dumps(self.record, indent=2))
         for name in (STATE, STATE_BEFORE):
             (self.folder / name).unlink(missing_ok=True)
-
-    def report(self) -> None:
-        """The table at the end, and a warning if pruning has cost too much.
-
-        Compared with the dense student on validation, or without validation images on test.
-        """
-
-        def percent(share: float | None) -> str:
-            return "-" if share is None else f"{share:.2%}"
-
-        stages = self.record["stages"]
-        splits = ["val_accuracy", "test_accuracy"]
-        splits += [key for key in ("val_balanced", "test_balanced") if key in stages[-1]]
-        (student,) = [row for row in stages if row["stage"] == "student"]
-        split = next((key for key in splits if stages[-1][key] is not None), None)
-
-        titles = [key.replace("_accuracy", "").replace("_balanced", " bal.") for key in splits]
-        columns = "".join(f"{title:>10}" for title in [*titles, "-student"])
-        print(f"\n{'stage':11}{'parameters':>12}{columns}{'minutes':>9}{'kB':>9}  file")
-        for row in stages:
-            shares = "".join(f"{percent(row[key]):>10}" for key in splits)
-            pruned = split is not None and row["stage"].startswith("pruned")
-            points = f"{100 * (row[split] - student[split]):+.2f}" if pruned else ""
-            print(
-                f"{row['stage']:11}{row['parameters']:>12,}{shares}{points:>10}"
-                f"{row['minutes']:>9.1f}{row['kilobytes']:>9,}  {row['file']}"
-            )
-        print(f"{self.record['minutes']:.0f} minutes; everything is in {self.folder}")
-        if split is None:
-            return
-        left, chance = stages[-1][split], 1 / self.record["classes"]
-        quick = self.settings["recipe_name"] == "quick"
-        longer = "the recipe cpu" if quick else "a longer recipe"
-        if left < 2 * chance and chance < 0.3:
-            cost = f"the pruned network has collapsed, its accuracy is near chance ({chance:.0%})"
-        elif (lost := student[split] - left) > TOO_MUCH:
-            where = "validation" if split == "val_accuracy" else "test"
-            cost = (
-                f"pruning has cost {100 * lost:.1f} points on {where}: the dense student has "
-                f"{student[split]:.1%}, {stages[-1]['parameters']:,} parameters have {left:.1%}"
-            )
-        else:
-            return
-        print(
-            f"train.py: warning: {cost}; a larger --budget or {longer} may help",
-            file=sys.stderr,
-        )
 
 
 def _changes(before: dict, now: dict, longest: int = 60) -> str:

@@ -17,8 +17,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import math
-import platform
 import signal
 import statistics
 import sys
@@ -27,18 +25,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torchinfo
-import torchvision
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
 import checkpoint
 import data
 import loop
 import models
 import parallel
-import plots
 import prune
 import record
+import report
 import shell
 from loop import Part, Recipe, Setup, Stage, Stop
 from record import Run, UsageError
@@ -97,6 +93,7 @@ RECIPES = {
         pruned=(Stage(4, **_KD, cuts=3), Stage(10, **_KD, cuts=7, share=4, views=4)),
         images=10_000,
         batch_size=128,
+        least_steps=75,
     ),
 }
 STAGES = ("teacher", "student", "pruned")
@@ -146,12 +143,6 @@ def build(stage: str, settings: dict, classes: int) -> nn.Module:
     return models.build(arch, classes, imagenet, settings["stem"])
 
 
-def given(run: Run, stage: str) -> Path | None:
-    """The file of --teacher or --student."""
-    file = run.settings[stage]
-    return Path(file["file"]) if file else None
-
-
 def teacher_of(run: Run, part: Part) -> Path | None:
     """The file of the network that `part` learns from beside the labels; None: from labels only.
 
@@ -161,7 +152,7 @@ def teacher_of(run: Run, part: Part) -> Path | None:
     if part.name == "teacher":
         return None
     own = "teacher" if run.settings["recipe"]["teacher"] else "student"
-    path = given(run, "teacher") or given(run, own) or run.folder / f"{own}.pth"
+    path = run.given("teacher") or run.given(own) or run.folder / f"{own}.pth"
     trained = [run.folder / f"{stage}.pth" for stage in STAGES[:2]]
     if part.name == "pruned" and path in trained and all(file.exists() for file in trained):
         path = max(trained, key=lambda file: checkpoint.load(file)[1]["val_accuracy"] or 0)
@@ -172,7 +163,7 @@ def train(
     run: Run, parts: list[Part], images: loop.Images, setup: Setup, source: data.Source, stop: Stop
 ) -> None:
     """All parts that are not finished yet."""
-    teacher, taught_by, before = None, None, given(run, "student")
+    teacher, taught_by, before = None, None, run.given("student")
     for part in parts:
         parallel.wait()  # until process 0 has written the part before
         path = run.path(part)
@@ -224,128 +215,6 @@ def keep(run: Run, part: Part, model: nn.Module, images: loop.Images, source: da
     checkpoint.save(run.path(part), model, meta)
 
 
-def finish(
-    run: Run, parts: list[Part], images: loop.Images, setup: Setup, source: data.Source
-) -> None:
-    """Read the files that the run wrote, measure test, and write summary, pictures and record."""
-    test = data.load(source, "test") if data.has(source, "test") else None
-    files = [(stage, path, 0.0) for stage in STAGES[:2] if (path := given(run, stage))]
-    files += [(part.title, run.path(part), run.minutes_of(part)) for part in parts]
-    sizes = images.labels.bincount(minlength=images.classes)
-    uneven = (sizes.max() > 2 * sizes.min()).item()  # then accuracy says little of rare classes
-    stages = []
-    for title, path, minutes in files:
-        model, meta = checkpoint.load(path, setup.device)
-        logits = None if test is None else models.infer(model, test[0])
-        stage = {
-            "stage": title,
-            "file": path.name,
-            "kilobytes": round(path.stat().st_size / 1000),
-            "parameters": meta["parameters"],
-            "val_accuracy": meta.get("val_accuracy"),
-            "test_accuracy": None if test is None else models.accuracy(logits, test[1]),
-            "minutes": minutes,
-        }
-        if uneven and test is not None:
-            by_class = models.accuracy_by_class(logits, test[1])
-            stage["test_balanced"] = by_class.nanmean().item()
-        if uneven and images.val is not None:
-            by_class = models.accuracy_by_class(models.infer(model, images.val[0]), images.val[1])
-            stage["val_balanced"] = by_class.nanmean().item()
-        stages.append(stage)
-    by_class = None
-    if images.val is not None:
-        val_logits = models.infer(model, images.val[0])
-        shares = models.accuracy_by_class(val_logits, images.val[1]).cpu().tolist()
-        by_class = {
-            name: None if math.isnan(share) else share
-            for name, share in zip(source.classes, shares, strict=True)
-        }
-        logits = val_logits if test is None else logits
-    size = source.image_size
-    summary = torchinfo.summary(prune.masked(model.cpu()), (1, 3, size, size), verbose=0)
-    checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
-    run.finish(
-        {
-            "stages": stages,
-            "classes": len(source.classes),
-            "val_by_class": by_class,
-            "torchinfo_total_params": summary.total_params,
-            "device": models.device_name(setup.device),
-            "peak_memory_mb": models.peak_memory_mb(setup.device),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-            },
-        }
-    )
-    recipe_name = run.settings["recipe_name"]
-    if recipe_name != "quick" and source.name == "fashion-mnist":
-        record.add_results(result_rows(run, stages, all_rounds=bool(RECIPES[recipe_name].budgets)))
-    pictures(run.folder, model, source, test or images.val, logits)
-
-
-def pictures(
-    folder: Path,
-    model: nn.Module,
-    source: data.Source,
-    shown: tuple[Tensor, Tensor] | None,
-    logits: Tensor | None,
-) -> None:
-    """Curves, layers and, of the images `shown` with these `logits`, confusion and mistakes.
-
-    After the record: what cannot be drawn is said, and keeps no run from its end.
-    """
-    live = prune.all_useful(model, source.image_size, source.grey)
-    kept = {name: int(w.count_nonzero()) for name, w in prune.weights(model).items()}
-    could = {name: int(mask.sum()) for name, mask in live.items()}
-    drawings = {
-        "curves": functools.partial(plots.curves, folder / "metrics.csv"),
-        "layers": functools.partial(plots.layers, kept, could),
-    }
-    if shown is not None:
-        answers = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1), source.classes
-        drawings["confusion"] = functools.partial(plots.confusion, *answers)
-        drawings["mistakes"] = functools.partial(plots.mistakes, *answers)
-    for name, draw in drawings.items():
-        try:
-            checkpoint.write(folder / f"{name}.png", draw())
-        except Exception as error:  # whatever a picture fails on
-            print(f"train.py: warning: {name}.png could not be drawn ({error})", file=sys.stderr)
-
-
-def result_rows(run: Run, stages: list[dict], all_rounds: bool) -> list[dict]:
-    """A row for results.csv for the pruned network, or for that of each round."""
-    *teachers, student = (stage for stage in stages if not stage["stage"].startswith("pruned"))
-    pruned = stages[len(teachers) + 1 :]
-    teacher = teachers[0] if teachers else {}
-    files = {stage: path.name for stage in STAGES[:2] if (path := given(run, stage))}
-
-    def accuracies(name: str, stage: dict) -> dict[str, str]:
-        pairs = {split: stage.get(f"{split}_accuracy") for split in ("val", "test")}
-        return {f"{name}_{k}": "" if v is None else f"{v:.4f}" for k, v in pairs.items()}
-
-    return [
-        {
-            "name": run.record["name"],
-            "recipe": run.settings["recipe_name"],
-            "stem": run.settings["stem"],
-            "teacher": files.get("teacher", ""),
-            "student": files.get("student", ""),
-            "seed": run.settings["seed"],
-            "parameters": stage["parameters"],
-            **accuracies("teacher", teacher),
-            **accuracies("student", student),
-            **accuracies("pruned", stage),
-            "minutes": run.record["minutes"],
-            "device": run.record["device"],
-            "commit": run.record["commit"],
-        }
-        for stage in (pruned if all_rounds else pruned[-1:])
-    ]
-
-
 def announce(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> None:
     """Device, recipe, epochs and, from a few measured steps, the expected time."""
     device, precision = models.device_name(setup.device), "bf16" if setup.bf16 else "fp32"
@@ -381,17 +250,17 @@ def measure(
     recipe, classes = run.settings["recipe"], images.classes
 
     def network_of(stage: str) -> nn.Module:
-        path = given(run, stage)
+        path = run.given(stage)
         return checkpoint.load(path)[0] if path else build(stage, run.settings, classes)
 
-    teaches = "teacher" if given(run, "teacher") or recipe["teacher"] else "student"
+    teaches = "teacher" if run.given("teacher") or recipe["teacher"] else "student"
     teacher = loop.Teacher(setup.frozen(network_of(teaches)))
     for part in parts:
         if part.round > 1:
             continue
         stage = "teacher" if part.name == "teacher" else "student"
         network = loop.Network(network_of(stage), part.stage, setup)
-        if given(run, stage):  # what is zero already costs nothing
+        if run.given(stage):  # what is zero already costs nothing
             network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         network.model.train()
         steps, answers, taught = [], [], teacher_of(run, part) is not None
@@ -509,9 +378,9 @@ def start(args: argparse.Namespace) -> None:
             with Stop() as stop:
                 train(run, parts, images, setup, source, stop)
             if parallel.process() == 0:
-                finish(run, parts, images, setup, source)
+                report.finish(run, parts, images, setup, source)
         if parallel.process() == 0:
-            run.report()
+            report.show(run)
 
 
 def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int]:
@@ -568,7 +437,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
             )
     elif recipe.student is None:
         raise UsageError(f"--recipe {args.recipe}: needs a network to go on from, --student FILE")
-    batch_size, _, _ = loop.lengths(len(labels[: recipe.images]), recipe.batch_size)
+    batch_size, _, _ = loop.lengths(len(labels[: recipe.images]), recipe)
     if batch_size % parallel.processes():
         raise UsageError(
             f"{parallel.processes()} processes cannot share batches of {batch_size} equally"

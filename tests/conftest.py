@@ -17,7 +17,6 @@ import tiny as shrunk
 
 import checkpoint
 import data
-import loop
 import models
 import plots
 import prune
@@ -67,7 +66,6 @@ def wide(monkeypatch, tmp_path, tiny_data) -> list[str]:
     monkeypatch.setattr(record, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results.csv")
     monkeypatch.setattr(data, "VALIDATION", shrunk.VALIDATION)
-    monkeypatch.setattr(loop, "LEAST", shrunk.LEAST)
     return ["--quick", "--device", "cpu", "--data", str(tiny_data)]
 
 

@@ -44,9 +44,8 @@ def test_the_last_epochs_see_whole_images(monkeypatch):
     generator = Generator().manual_seed(0)
     images_u8 = torch.randint(0, 256, (300, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (300,), generator=generator)
-    monkeypatch.setattr(loop, "LEAST", 1)
     monkeypatch.setattr(loop, "FEW", 1)
-    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=100)
+    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=100, least_steps=1)
     images = loop.Images(images_u8, labels, 10, recipe)
     whole = models.normalize(images_u8).flatten(1)
     mirrored = models.normalize(images_u8.flip(2)).flatten(1)
@@ -85,9 +84,10 @@ def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monke
 @pytest.mark.parametrize("batch_size", [256, 128])
 @pytest.mark.parametrize("n", [1, 20, 33, 160, 1_150, 2_000, 5_000, 10_000, 20_000])
 def test_few_images_are_seen_several_times_in_smaller_batches(n, batch_size):
-    batch, steps, passes = loop.lengths(n, batch_size)
+    recipe = replace(train.RECIPES["quick"], batch_size=batch_size)
+    batch, steps, passes = loop.lengths(n, recipe)
     assert batch <= min(n, batch_size) and steps == n // batch
-    assert loop.LEAST <= passes * steps < loop.LEAST + steps
+    assert recipe.least_steps <= passes * steps < recipe.least_steps + steps
     assert batch >= min(n, loop.SMALLEST)
     assert batch in (batch_size, n) or (batch_size / batch).is_integer()
     assert steps >= loop.FEW or batch < 2 * loop.SMALLEST
@@ -95,7 +95,7 @@ def test_few_images_are_seen_several_times_in_smaller_batches(n, batch_size):
 
 def test_each_pass_of_an_epoch_is_shuffled_anew():
     images_u8 = torch.arange(100, dtype=torch.uint8)[:, None, None].expand(-1, 8, 8)
-    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=50)
+    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=50, least_steps=75)
     images = loop.Images(images_u8, torch.arange(100), 100, recipe)
     assert (images.batch_size, images.steps, images.passes) == (50, 2, 38)
     seen = [t.argmax(1) for _, t in images.epoch(9, 10, Generator().manual_seed(0))]
@@ -108,7 +108,6 @@ def test_each_pass_of_an_epoch_is_shuffled_anew():
 def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypatch):
     """80 epochs of four steps: every 10 steps, though an epoch is over before."""
     taken, steps = [], []
-    monkeypatch.setattr(loop, "LEAST", 4)
     monkeypatch.setattr(loop, "FEW", 1)
     monkeypatch.setattr(loop, "AVERAGE", 10 * loop.UPDATES / 320)
     monkeypatch.setattr(loop, "validate", lambda *_: None)
@@ -123,7 +122,7 @@ def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypat
         return torch.zeros(()), targets
 
     monkeypatch.setattr(loop.Network, "step", step)
-    recipe = loop.Recipe(loop.Stage(80), loop.Stage(1), (), batch_size=2)
+    recipe = loop.Recipe(loop.Stage(80), loop.Stage(1), (), batch_size=2, least_steps=4)
     images = loop.Images(torch.zeros(8, 28, 28), torch.arange(8), 10, recipe)
     part = loop.Part("teacher", recipe.teacher, 0, "teacher.pth")
     loop.fit(part, models.build("resnet18", 10), None, images, SETUP, seed=0)

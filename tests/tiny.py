@@ -38,7 +38,6 @@ IDX = {
     "t10k-labels-idx1-ubyte": "test_labels",
 }
 VALIDATION = 40
-LEAST = 1  # steps: an epoch is one pass
 _kd = {"kd_weight": 0.9, "temperature": 4.0}
 _sgd = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
 RECIPE = loop.Recipe(
@@ -47,6 +46,7 @@ RECIPE = loop.Recipe(
     pruned=2 * (loop.Stage(2, **_sgd, **_kd, cuts=1),),
     images=64,
     batch_size=16,
+    least_steps=1,
 )
 DRAWINGS = {name: getattr(plots, name) for name in ("curves", "layers", "confusion", "mistakes")}
 
@@ -160,7 +160,6 @@ def main() -> int:
     train.announce = lambda *args: None  # its steps are not training steps
     data.VALIDATION = VALIDATION
     models.bf16_pays = lambda device: False  # a busy machine might measure now this, now that
-    loop.LEAST = LEAST
     draw_nothing(pytest.MonkeyPatch())
     if "RANK" in os.environ:  # under torchrun
         loop.fit = _counted(loop.fit)

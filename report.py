@@ -1,0 +1,201 @@
+"""What a finished run leaves to be read: record, summary, a row of results, pictures, the table."""
+
+import functools
+import math
+import platform
+import sys
+from pathlib import Path
+
+import torch
+import torchinfo
+import torchvision
+from torch import Tensor, nn
+
+import checkpoint
+import data
+import loop
+import models
+import plots
+import prune
+import record
+from record import Run
+
+TOO_MUCH = 0.02  # accuracy that pruning may cost before the table is followed by a warning
+
+Labelled = tuple[Tensor, Tensor]  # images, labels
+
+
+def finish(
+    run: Run,
+    parts: list[loop.Part],
+    images: loop.Images,
+    setup: loop.Setup,
+    source: data.Source,
+) -> None:
+    """Read the files that the run wrote, measure test, and write all that is left of the run."""
+    val, test = images.val, data.load(source, "test") if data.has(source, "test") else None
+    files = [(stage, path, 0.0) for stage in ("teacher", "student") if (path := run.given(stage))]
+    files += [(part.title, run.path(part), run.minutes_of(part)) for part in parts]
+    sizes = images.labels.bincount(minlength=images.classes)
+    uneven = (sizes.max() > 2 * sizes.min()).item()  # then accuracy says little of rare classes
+    stages = []
+    for title, path, minutes in files:
+        model, meta = checkpoint.load(path, setup.device)
+        last = path == files[-1][1]
+        val_logits = models.infer(model, val[0]) if val and (uneven or last) else None
+        test_logits = models.infer(model, test[0]) if test else None
+        stage = {
+            "stage": title,
+            "file": path.name,
+            "kilobytes": round(path.stat().st_size / 1000),
+            "parameters": meta["parameters"],
+            "val_accuracy": meta.get("val_accuracy"),
+            "test_accuracy": models.accuracy(test_logits, test[1]) if test else None,
+            "minutes": minutes,
+        }
+        if uneven and test:
+            stage["test_balanced"] = balanced(test_logits, test[1])
+        if uneven and val:
+            stage["val_balanced"] = balanced(val_logits, val[1])
+        stages.append(stage)
+    size = source.image_size
+    summary = torchinfo.summary(prune.masked(model.cpu()), (1, 3, size, size), verbose=0)
+    checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
+    run.finish(
+        {
+            "stages": stages,
+            "classes": len(source.classes),
+            "val_by_class": by_class(val_logits, val[1], source.classes) if val else None,
+            "torchinfo_total_params": summary.total_params,
+            "device": models.device_name(setup.device),
+            "peak_memory_mb": models.peak_memory_mb(setup.device),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            },
+        }
+    )
+    if run.settings["recipe_name"] != "quick" and source.name == "fashion-mnist":
+        record.add_results(result_rows(run))
+    pictures(run.folder, model, source, test or val, test_logits if test else val_logits)
+
+
+def balanced(logits: Tensor, labels: Tensor) -> float:
+    """The mean over the classes of the share that is right."""
+    return models.accuracy_by_class(logits, labels).nanmean().item()
+
+
+def by_class(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, float | None]:
+    """The share that is right of each class; None where there is no image of it."""
+    shares = models.accuracy_by_class(logits, labels).tolist()
+    return {n: None if math.isnan(s) else s for n, s in zip(classes, shares, strict=True)}
+
+
+def result_rows(run: Run) -> list[dict]:
+    """A row for results.csv for the pruned network, or for each that has a budget of its own."""
+    stages = run.record["stages"]
+    *teachers, student = (stage for stage in stages if not stage["stage"].startswith("pruned"))
+    pruned = stages[len(teachers) + 1 :]
+    teacher = teachers[0] if teachers else {}
+    files = {stage: path.name for stage in ("teacher", "student") if (path := run.given(stage))}
+
+    def accuracies(name: str, stage: dict) -> dict[str, str]:
+        pairs = {split: stage.get(f"{split}_accuracy") for split in ("val", "test")}
+        return {f"{name}_{k}": "" if v is None else f"{v:.4f}" for k, v in pairs.items()}
+
+    return [
+        {
+            "name": run.record["name"],
+            "recipe": run.settings["recipe_name"],
+            "stem": run.settings["stem"],
+            "teacher": files.get("teacher", ""),
+            "student": files.get("student", ""),
+            "seed": run.settings["seed"],
+            "parameters": stage["parameters"],
+            **accuracies("teacher", teacher),
+            **accuracies("student", student),
+            **accuracies("pruned", stage),
+            "minutes": run.record["minutes"],
+            "device": run.record["device"],
+            "commit": run.record["commit"],
+        }
+        for stage in (pruned if run.settings["recipe"]["budgets"] else pruned[-1:])
+    ]
+
+
+def pictures(
+    folder: Path,
+    model: nn.Module,
+    source: data.Source,
+    shown: Labelled | None,
+    logits: Tensor | None,
+) -> None:
+    """Curves, layers and, of the images `shown` with these `logits`, confusion and mistakes.
+
+    After the record: what cannot be drawn is said, and keeps no run from its end.
+    """
+    live = prune.all_useful(model, source.image_size, source.grey)
+    kept = {name: int(w.count_nonzero()) for name, w in prune.weights(model).items()}
+    could = {name: int(mask.sum()) for name, mask in live.items()}
+    drawings = {
+        "curves": functools.partial(plots.curves, folder / "metrics.csv"),
+        "layers": functools.partial(plots.layers, kept, could),
+    }
+    if shown is not None:
+        answers = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1), source.classes
+        drawings["confusion"] = functools.partial(plots.confusion, *answers)
+        drawings["mistakes"] = functools.partial(plots.mistakes, *answers)
+    for name, draw in drawings.items():
+        try:
+            checkpoint.write(folder / f"{name}.png", draw())
+        except Exception as error:  # whatever a picture fails on
+            print(f"train.py: warning: {name}.png could not be drawn ({error})", file=sys.stderr)
+
+
+def show(run: Run) -> None:
+    """The table at the end, and a warning if pruning has cost too much.
+
+    Compared with the dense student on validation, or without validation images on test.
+    """
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{share:.2%}"
+
+    stages = run.record["stages"]
+    splits = ["val_accuracy", "test_accuracy"]
+    splits += [key for key in ("val_balanced", "test_balanced") if key in stages[-1]]
+    (student,) = [row for row in stages if row["stage"] == "student"]
+    split = next((key for key in splits if stages[-1][key] is not None), None)
+
+    titles = [key.replace("_accuracy", "").replace("_balanced", " bal.") for key in splits]
+    columns = "".join(f"{title:>10}" for title in [*titles, "-student"])
+    print(f"\n{'stage':11}{'parameters':>12}{columns}{'minutes':>9}{'kB':>9}  file")
+    for row in stages:
+        shares = "".join(f"{percent(row[key]):>10}" for key in splits)
+        pruned = split is not None and row["stage"].startswith("pruned")
+        points = f"{100 * (row[split] - student[split]):+.2f}" if pruned else ""
+        print(
+            f"{row['stage']:11}{row['parameters']:>12,}{shares}{points:>10}"
+            f"{row['minutes']:>9.1f}{row['kilobytes']:>9,}  {row['file']}"
+        )
+    print(f"{run.record['minutes']:.0f} minutes; everything is in {run.folder}")
+    if split is None:
+        return
+    left, chance = stages[-1][split], 1 / run.record["classes"]
+    quick = run.settings["recipe_name"] == "quick"
+    longer = "the recipe cpu" if quick else "a longer recipe"
+    if left < 2 * chance and chance < 0.3:
+        cost = f"the pruned network has collapsed, its accuracy is near chance ({chance:.0%})"
+    elif (lost := student[split] - left) > TOO_MUCH:
+        where = "validation" if split == "val_accuracy" else "test"
+        cost = (
+            f"pruning has cost {100 * lost:.1f} points on {where}: the dense student has "
+            f"{student[split]:.1%}, {stages[-1]['parameters']:,} parameters have {left:.1%}"
+        )
+    else:
+        return
+    print(
+        f"train.py: warning: {cost}; a larger --budget or {longer} may help",
+        file=sys.stderr,
+    )

@@ -1,0 +1,54 @@
+import pytest
+
+import record
+import report
+
+
+def shown(tmp_path, student, pruned, **settings):
+    run = record.Run(tmp_path, {"recipe_name": "cpu", **settings}, {"threads": 2}, True)
+    common = {"file": "a.pth", "kilobytes": 1, "parameters": 9, "minutes": 1.0}
+    stages = [
+        {"stage": stage, **common, **{f"{k}_{kind}": v for (k, kind), v in shares.items()}}
+        for stage, shares in (("teacher", student), ("student", student), ("pruned", pruned))
+    ]
+    run.finish({"stages": stages, "classes": 10})
+    report.show(run)
+
+
+def shares(val, test):
+    return {("val", "accuracy"): val, ("test", "accuracy"): test}
+
+
+@pytest.mark.parametrize(
+    ("student", "pruned", "recipe", "warning"),
+    [
+        (shares(0.98, 0.9), shares(0.87, 0.9), "quick",
+         "pruning has cost 11.0 points on validation: the dense student has 98.0%, 9 parameters "
+         "have 87.0%; a larger --budget or the recipe cpu may help"),
+        (shares(None, 0.98), shares(None, 0.95), "cpu",
+         "pruning has cost 3.0 points on test: the dense student has 98.0%, 9 parameters have "
+         "95.0%; a larger --budget or a longer recipe may help"),
+        (shares(0.98, 0.98), shares(0.1, 0.1), "cpu",
+         "the pruned network has collapsed, its accuracy is near chance (10%); a larger --budget "
+         "or a longer recipe may help"),
+        (shares(0.98, 0.98), shares(0.97, 0.5), "cpu", None),
+        (shares(None, None), shares(None, None), "cpu", None),
+    ],
+)  # fmt: skip
+def test_the_report_says_what_pruning_has_cost(student, pruned, recipe, warning, tmp_path, capsys):
+    shown(tmp_path, student, pruned, recipe_name=recipe)
+    out, err = capsys.readouterr()
+    assert err == ("" if warning is None else f"train.py: warning: {warning}\n")
+    if pruned["val", "accuracy"] is not None:
+        cost = 100 * (pruned["val", "accuracy"] - student["val", "accuracy"])
+        teacher, student_row, pruned_row = out.splitlines()[2:5]
+        assert f"{cost:+.2f}" in pruned_row
+        assert "+" not in teacher + student_row and "-" not in teacher + student_row
+    assert "bal." not in out
+
+
+def test_the_report_shows_balanced_accuracy_where_there_is_one(tmp_path, capsys):
+    row = {**shares(0.98, 0.97), ("val", "balanced"): 0.6, ("test", "balanced"): 0.55}
+    shown(tmp_path, row, row)
+    out = capsys.readouterr().out
+    assert "val bal." in out and "test bal." in out and "60.00%" in out and "55.00%" in out
