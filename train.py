@@ -5,7 +5,7 @@
 
 Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
 (ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
-on, from the better of the two). A recipe can do without a teacher: then the student learns from
+on, from the best network so far). A recipe can do without a teacher: then the student learns from
 labels, and teaches what is left of it. All that a run leaves is in runs/<name>/; the same command
 goes on with a run that was stopped. Validation images, held out of the training set, choose the
 epoch; test is measured once, at the end.
@@ -97,6 +97,7 @@ RECIPES = {
     ),
 }
 STAGES = ("teacher", "student", "pruned")
+CLEAR = 0.01  # validation accuracy: more than the noise of 5,000 images
 
 
 def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
@@ -143,20 +144,26 @@ def build(stage: str, settings: dict, classes: int) -> nn.Module:
     return models.build(arch, classes, imagenet, settings["stem"])
 
 
-def teacher_of(run: Run, part: Part) -> Path | None:
+def teacher_of(run: Run, part: Part, parts: list[Part]) -> Path | None:
     """The file of the network that `part` learns from beside the labels; None: from labels only.
 
-    Of teacher and dense student, the better one on validation teaches what is left of the student:
-    where images are few, a ResNet50 of few steps can be near chance.
+    Without --teacher, what is left of the student learns from the best network so far, by the
+    validation accuracy in their files: where images are few, a ResNet50 of few steps can be near
+    chance, and a pruned network far ahead of the dense one. The first is as good as any that is
+    better by no more than CLEAR.
     """
     if part.name == "teacher":
         return None
-    own = "teacher" if run.settings["recipe"]["teacher"] else "student"
-    path = run.given("teacher") or run.given(own) or run.folder / f"{own}.pth"
-    trained = [run.folder / f"{stage}.pth" for stage in STAGES[:2]]
-    if part.name == "pruned" and path in trained and all(file.exists() for file in trained):
-        path = max(trained, key=lambda file: checkpoint.load(file)[1]["val_accuracy"] or 0)
-    return None if path == run.path(part) else path
+    files = [run.path(other) for other in parts[: parts.index(part)]]
+    if part.name == "student" or run.given("teacher"):
+        return run.given("teacher") or next(iter(files), None)
+    files += [file] if (file := run.given("student")) else []
+    best, highest = files[0], 0.0
+    for file in files:
+        accuracy = checkpoint.load(file)[1].get("val_accuracy") or 0
+        if accuracy > highest + CLEAR:
+            best, highest = file, accuracy
+    return best
 
 
 def train(
@@ -168,7 +175,7 @@ def train(
         parallel.wait()  # until process 0 has written the part before
         path = run.path(part)
         if not path.exists():
-            learns_from = teacher_of(run, part)
+            learns_from = teacher_of(run, part, parts)
             if learns_from is not None and learns_from != taught_by:
                 teacher, taught_by = setup.frozen(checkpoint.load(learns_from)[0]), learns_from
             if part.name == "pruned":
@@ -263,7 +270,8 @@ def measure(
         if run.given(stage):  # what is zero already costs nothing
             network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         network.model.train()
-        steps, answers, taught = [], [], teacher_of(run, part) is not None
+        taught = part.name == "pruned" or (part.name, teaches) == ("student", "teacher")
+        steps, answers = [], []
         batches = images.batches(Generator(setup.device).manual_seed(0))
         for _, (batch, targets) in zip(range(5), batches, strict=False):
             began = time.perf_counter()

@@ -13,6 +13,7 @@ import models
 import plots
 import predict
 import prune
+import record
 import rewrite
 import train
 
@@ -221,7 +222,7 @@ def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
     folder = tmp_path / "runs" / "self-seed0"
     assert not (folder / "teacher.pth").exists()
     assert [name for name, _ in taught] == ["student", "pruned", "pruned"]
-    assert taught[0][1] is None and taught[1][1] is taught[2][1]
+    assert taught[0][1] is None and taught[2][1] is not None
     dense = rewrite.frozen(
         checkpoint.load(folder / "student.pth")[0], torch.device("cpu"), False, 28
     )
@@ -233,23 +234,40 @@ def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("better", ["teacher", "student"])
-def test_the_better_dense_network_teaches_what_is_left(better, tiny, monkeypatch):
-    save, fit, taught = checkpoint.save, loop.fit, {}
+@pytest.mark.parametrize(
+    ("accuracies", "given", "expected"),
+    [
+        ((0.9, 0.8, 0.8), {}, ["", "teacher", "teacher", "teacher"]),
+        ((0.8, 0.9, 0.8), {}, ["", "teacher", "student", "student"]),
+        ((0.8, 0.8, 0.9), {}, ["", "teacher", "teacher", "pruned"]),
+        ((0.8, 0.805, 0.815), {}, ["", "teacher", "teacher", "pruned"]),
+        ((0.8, 0.805, 0.809), {}, ["", "teacher", "teacher", "teacher"]),
+        ((None, None, None), {}, ["", "teacher", "teacher", "teacher"]),
+        ((0.8, 0.8, 0.9), {"teacher": 0.1}, ["given", "given", "given"]),
+        ((0.8, 0.9, None), {"student": 0.85}, ["", "given", "pruned"]),
+    ],
+)
+def test_the_best_network_so_far_teaches_what_is_left(
+    accuracies, given, expected, tmp_path, narrow_resnet18
+):
+    def save(path, accuracy):
+        meta = {"arch": "resnet18", "num_classes": 10, "val_accuracy": accuracy}
+        checkpoint.save(path, narrow_resnet18, meta)
+        return {"file": str(path)}
 
-    def said(path, model, meta, *args):
-        save(path, model, {**meta, "val_accuracy": 0.6 + 0.1 * (meta["stage"] == better)}, *args)
-
-    def watched(part, model, teacher, *args, **options):
-        taught[part.title] = teacher and hasattr(teacher.layer1[0], "conv3")
-        return fit(part, model, teacher, *args, **options)
-
-    monkeypatch.setattr(checkpoint, "save", said)
-    monkeypatch.setattr(loop, "fit", watched)
-    assert train.main(tiny) == 0
-    deep = better == "teacher"
-    expected = {"teacher": None, "student": True, "pruned 1/2": deep, "pruned 2/2": deep}
-    assert taught == expected
+    files = {name: save(tmp_path / "given.pth", share) for name, share in given.items()}
+    settings = {"teacher": None, "student": None, **files}
+    run = record.Run(tmp_path / "run", settings, {}, False)
+    parts = [
+        part
+        for part in train.plan(train.RECIPES["quick"], 4_228_570, 100_000)
+        if not settings.get(part.name)
+    ]
+    for part, accuracy in zip(parts, accuracies, strict=False):
+        save(run.path(part), accuracy)
+    taught = [train.teacher_of(run, part, parts) for part in parts]
+    names = ["" if path is None else path.stem.split("_")[0] for path in taught]
+    assert names == expected
 
 
 def test_a_given_network_is_cut_and_trained_on(tiny, folder, tmp_path, monkeypatch, capsys):
