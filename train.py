@@ -90,7 +90,7 @@ RECIPES = {
     "quick": Recipe(
         teacher=Stage(2),
         student=Stage(3, **_KD),
-        pruned=(Stage(4, **_KD, cuts=3), Stage(10, **_KD, cuts=7, share=4, views=4)),
+        pruned=(Stage(4, **_KD, cuts=3), Stage(10, **_KD, cuts=7, share=4)),
         images=10_000,
         batch_size=128,
         least_steps=75,
