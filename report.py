@@ -88,7 +88,7 @@ def balanced(logits: Tensor, labels: Tensor) -> float:
 
 def by_class(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, float | None]:
     """The share that is right of each class; None where there is no image of it."""
-    shares = models.accuracy_by_class(logits, labels).tolist()
+    shares = models.accuracy_by_class(logits, labels).cpu().tolist()
     return {n: None if math.isnan(s) else s for n, s in zip(classes, shares, strict=True)}
 
 
