@@ -18,19 +18,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import models  # isort: skip  (first: it imports less of torchvision)
 import data
 import loop
-import models
 import plots
 import prune
 import record
 import train
 
+resnet = models.torchvision.models.resnet
 IDX = {
     "train-images-idx3-ubyte": "train_images",
     "train-labels-idx1-ubyte": "train_labels",
@@ -51,7 +50,7 @@ RECIPE = loop.Recipe(
 DRAWINGS = {name: getattr(plots, name) for name in ("curves", "layers", "confusion", "mistakes")}
 
 
-class Narrow(ResNet):
+class Narrow(resnet.ResNet):
     """A ResNet with a quarter of the channels behind its stem: a sixteenth of the weights."""
 
     def __init__(self, block: type, layers: list[int], num_classes: int):
@@ -63,8 +62,8 @@ class Narrow(ResNet):
 
 
 NARROW = {
-    "resnet18": functools.partial(Narrow, BasicBlock, [2, 2, 2, 2]),
-    "resnet50": functools.partial(Narrow, Bottleneck, [3, 4, 6, 3]),
+    "resnet18": functools.partial(Narrow, resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet50": functools.partial(Narrow, resnet.Bottleneck, [3, 4, 6, 3]),
 }
 
 
@@ -73,7 +72,7 @@ def narrow() -> Iterator[None]:
     """Within: the program builds, writes and reads narrow networks."""
     with pytest.MonkeyPatch.context() as patch:
         for arch, build in NARROW.items():
-            patch.setattr(torchvision.models, arch, build)
+            patch.setattr(models.torchvision.models, arch, build)
         yield
 
 
