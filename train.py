@@ -1,7 +1,7 @@
 """Distil a ResNet50 into a ResNet18 on Fashion-MNIST, then prune it to exactly 100,000 parameters.
 
     python train.py            # or: uv run train.py; 90 minutes on 2 cores with bf16 matrix units
-    python train.py --quick    # every stage on a part of the images, 5 minutes on 2 cores
+    python train.py --quick    # every stage on a part of the images, 5 to 10 minutes on 2 cores
 
 Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
 (ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
@@ -298,7 +298,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     recipe.add_argument("--recipe", choices=RECIPES, default="cpu", help="default: cpu")
     recipe.add_argument(
         "--quick", action="store_const", dest="recipe", const="quick",
-        help="the recipe quick: a part of the images, 5 minutes",
+        help="the recipe quick: a part of the images, 5 to 10 minutes",
     )  # fmt: skip
     what.add_argument(
         "--stem",

@@ -9,7 +9,7 @@ import bench
 import export
 import train
 
-SLOW = ("shared", "start", "train")  # seconds of other processes, or of training
+SLOW = ("predict", "shared", "start", "train", "ways")  # a minute together
 MARKED = [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in bench.PARTS]
 
 
