@@ -46,7 +46,9 @@ def narrow() -> Iterator[None]:
 
 @pytest.fixture
 def tiny(wide, narrow, monkeypatch) -> list[str]:
-    """As `wide`, with narrow networks, no pictures: for all that does not depend on these."""
+    """As `wide`, with narrow networks, no pictures, no measured times: for all that does not
+    depend on these."""
+    shrunk.measure_nothing(monkeypatch)
     shrunk.draw_nothing(monkeypatch)
     monkeypatch.setattr(models, "bf16_pays", lambda device: False)  # not now this, now that
     return wide

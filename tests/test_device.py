@@ -137,7 +137,6 @@ def test_the_whole_chain_on_another_device_than_the_cpu(far, tiny, tmp_path, mon
         return step(self, images, targets, teacher, rate)
 
     monkeypatch.setattr(loop.Network, "step", spy)
-    monkeypatch.setattr(train, "announce", lambda *args: None)
     assert train.main(tiny) == 130
     assert train.main(tiny) == 0
     assert set().union(*seen) == {FAR}

@@ -45,7 +45,6 @@ def first_losses(text):
 
 def test_two_processes_follow_one_and_go_on_where_one_was_stopped(tiny, tmp_path, monkeypatch):
     flags = [*tiny[:-1], str(shrunk.write_images(tmp_path / "data"))]
-    monkeypatch.setattr(train, "announce", lambda *args: None)  # its steps are not training steps
     first, steps = [], []
     result, step = loop.Progress.result, loop.Network.step
 

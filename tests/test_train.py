@@ -210,6 +210,7 @@ def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
 ):
     recipe = replace(train.RECIPES["quick"], teacher=None)
     monkeypatch.setitem(train.RECIPES, "self", recipe)
+    monkeypatch.setattr(train, "measure", shrunk.MEASURE)
     taught = []
     fit = loop.fit
 
@@ -275,6 +276,7 @@ def test_a_given_network_is_cut_and_trained_on(tiny, folder, tmp_path, monkeypat
     student, pruned = (folder / f"{name}.pth" for name in ("student", "pruned_resnet18"))
     recipe = replace(shrunk.RECIPE, teacher=None, student=None, erased=0.5)
     monkeypatch.setitem(train.RECIPES, "finetune", recipe)
+    monkeypatch.setattr(train, "measure", shrunk.MEASURE)
     masks = [w != 0 for w in prune.weights(checkpoint.load(pruned)[0]).values()]
     for given, budget in ((pruned, 100_000), (pruned, 90_000), (student, 100_000)):
         flags = [*tiny[1:], "--recipe", "finetune", "--student", str(given), "--budget"]
@@ -387,7 +389,6 @@ def test_a_teacher_of_other_classes_is_refused(tiny, tmp_path, capsys):
 
 def test_a_teacher_that_was_replaced_is_noticed(tiny, tmp_path, monkeypatch, capsys):
     path, meta = tmp_path / "t.pth", {"arch": "resnet18", "num_classes": 10}
-    monkeypatch.setattr(train, "announce", lambda *args: None)
     monkeypatch.setattr(train, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     for code, error in ((130, "goes on from here"), (2, "teacher sha256")):
         checkpoint.save(path, models.build("resnet18", 10), meta)
