@@ -180,14 +180,19 @@ def test_predictions_on_standard_output_stand_there_alone(output, json, flags, c
 
 
 @pytest.mark.parametrize("output", ["-", "/dev/stdout"])
-def test_predictions_are_added_to_a_log(output, flags, tmp_path):
-    log, pipe = tmp_path / "log", subprocess.PIPE
+def test_predictions_are_added_to_a_log(output, flags, tmp_path, capfd):
+    log = tmp_path / "log"
     log.write_text("before\n")
-    command = [sys.executable, SCRIPT, *flags[:2], *flags[4:], "-o", output]
+    standard = os.dup(1)
     with log.open("a") as file:
-        written = subprocess.run(command, stdout=file, stderr=pipe, text=True)
+        os.dup2(file.fileno(), 1)
+    try:
+        assert predict.main([*flags[:2], *flags[4:], "-o", output]) == 0
+    finally:
+        os.dup2(standard, 1)
+        os.close(standard)
     before, predictions = log.read_text().split("\n", 1)
-    assert (written.returncode, before) == (0, "before") and "100" in written.stderr
+    assert before == "before" and "100" in capfd.readouterr().err
     assert predictions.startswith("id,pred\n0,") and predictions.count("\n") == 41
 
 

@@ -71,7 +71,7 @@ def test_dead_channels_and_empty_layers(narrow_resnet18):
         resnet18.conv1.weight[5] = 0  # constant after ReLU, and seen by what pads its maps
         resnet18.layer1[0].conv1.weight.zero_()
         resnet18.layer2[0].downsample[0].weight.zero_()
-        resnet18.layer3[1].conv2.weight[:, 7] = 0
+        resnet18.layer4[1].conv2.weight[:, 7] = 0
         resnet18.fc.weight[3] = 0
     engine = sparse.SparseResNet(resnet18, 28)
     assert differs(engine, resnet18.eval(), images(20)) < 1e-4

@@ -52,9 +52,8 @@ DRAWINGS = {name: getattr(plots, name) for name in ("curves", "layers", "confusi
 
 
 class Narrow(resnet.ResNet):
-    """A ResNet with a quarter of the channels behind its stem: a sixteenth of the weights.
-
-    With `layers` blocks; of a ResNet50 there is one of each kind only.
+    """A ResNet with a quarter of the channels behind its stem, a sixteenth of the weights, and few
+    blocks: time in such networks is Python's, by layer.
     """
 
     def __init__(self, block: type, layers: list[int], num_classes: int):
@@ -66,8 +65,8 @@ class Narrow(resnet.ResNet):
 
 
 NARROW = {
-    "resnet18": functools.partial(Narrow, resnet.BasicBlock, [2, 2, 2, 2]),
-    "resnet50": functools.partial(Narrow, resnet.Bottleneck, [1, 1, 1, 1]),
+    "resnet18": functools.partial(Narrow, resnet.BasicBlock, [1, 1, 1, 2]),
+    "resnet50": functools.partial(Narrow, resnet.Bottleneck, [1, 1, 1, 2]),
 }
 
 
