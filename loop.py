@@ -64,6 +64,7 @@ class Recipe:
     images: int | None = None  # of the training set; None: all
     batch_size: int = 256
     least_steps: int = 50  # of an epoch; fewer images are seen several times in it
+    taught_by: str = "first"  # or "last": of the networks that are good enough to teach the next
     crop_scale: tuple[float, float] = (0.85, 1.0)  # share of the image's area
     mixup_alpha: float = 0.1
     erased: float = 0.0  # share of the images of which a rectangle is noise

@@ -240,20 +240,24 @@ def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "given", "expected"),
+    ("taught_by", "accuracies", "given", "expected"),
     [
-        ((0.9, 0.8, 0.8), {}, ["", "teacher", "teacher", "teacher"]),
-        ((0.8, 0.9, 0.8), {}, ["", "teacher", "student", "student"]),
-        ((0.8, 0.8, 0.9), {}, ["", "teacher", "teacher", "pruned"]),
-        ((0.8, 0.805, 0.815), {}, ["", "teacher", "teacher", "pruned"]),
-        ((0.8, 0.805, 0.809), {}, ["", "teacher", "teacher", "teacher"]),
-        ((None, None, None), {}, ["", "teacher", "teacher", "teacher"]),
-        ((0.8, 0.8, 0.9), {"teacher": 0.1}, ["given", "given", "given"]),
-        ((0.8, 0.9, None), {"student": 0.85}, ["", "given", "pruned"]),
+        ("first", (0.9, 0.8, 0.8), {}, ["", "teacher", "teacher", "teacher"]),
+        ("first", (0.8, 0.9, 0.8), {}, ["", "teacher", "student", "student"]),
+        ("first", (0.8, 0.8, 0.9), {}, ["", "teacher", "teacher", "pruned"]),
+        ("first", (0.8, 0.805, 0.815), {}, ["", "teacher", "teacher", "student"]),
+        ("first", (0.8, 0.805, 0.809), {}, ["", "teacher", "teacher", "teacher"]),
+        ("first", (None, None, None), {}, ["", "teacher", "teacher", "teacher"]),
+        ("first", (0.8, 0.8, 0.9), {"teacher": 0.1}, ["given", "given", "given"]),
+        ("first", (0.8, 0.9, None), {"student": 0.85}, ["", "given", "pruned"]),
+        ("last", (0.8, 0.8, 0.8), {}, ["", "teacher", "student", "pruned"]),
+        ("last", (0.8, 0.78, 0.795), {}, ["", "teacher", "teacher", "pruned"]),
+        ("last", (0.8, 0.81, 0.79), {}, ["", "teacher", "student", "student"]),
+        ("last", (0.8, 0.85, None), {"student": 0.855}, ["", "given", "pruned"]),
     ],
 )
-def test_the_best_network_so_far_teaches_what_is_left(
-    accuracies, given, expected, tmp_path, narrow_resnet18
+def test_a_network_as_good_as_the_best_teaches_what_is_left(
+    taught_by, accuracies, given, expected, tmp_path, narrow_resnet18
 ):
     def save(path, accuracy):
         meta = {"arch": "resnet18", "num_classes": 10, "val_accuracy": accuracy}
@@ -261,7 +265,7 @@ def test_the_best_network_so_far_teaches_what_is_left(
         return {"file": str(path)}
 
     files = {name: save(tmp_path / "given.pth", share) for name, share in given.items()}
-    settings = {"teacher": None, "student": None, **files}
+    settings = {"recipe": {"taught_by": taught_by}, "teacher": None, "student": None, **files}
     run = record.Run(tmp_path / "run", settings, {}, False)
     parts = [
         part
