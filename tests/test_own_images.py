@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -126,6 +127,15 @@ def test_colour_images_through_the_whole_chain(size, stem, tiny, tmp_path, capsy
     assert predictions[0] == predictions[1] and len(predictions[0]) == 80
     assert predict.main(["-w", weights, "-o", str(out)]) == 2
     assert "give IMAGES" in capsys.readouterr().err
+
+
+def test_a_part_of_the_images_has_a_fifth_as_many_for_validation(tmp_path):
+    place = colour(tmp_path / "own", n=8, classes=3)
+    shutil.copytree(place / "train", place / "val")
+    recipe = replace(train.RECIPES["quick"], images=15)
+    images, _ = train.prepare(data.find(place), recipe, torch.device("cpu"))
+    assert len(images.labels) == 15
+    assert images.val[1].tolist() == [0, 1, 2]  # they lie class by class
 
 
 @pytest.mark.parametrize(("n", "classes"), [(12, 2), (2, 100)])
