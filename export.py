@@ -38,6 +38,7 @@ import rewrite
 import shell
 
 TOLERANCE = 1e-4  # between PyTorch's logits and the export's, as a share of the largest
+NOISE = 1000  # random images to check with, where there are no others
 
 
 class ExportError(Exception):
@@ -150,7 +151,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
     if args.data is not None or meta.get("dataset") in data.DATASETS:
         source = data.find_for(args.weights, meta, args.data)
         return model, meta, *data.load(source, "test"), "test images"
-    shape = (1000, size, size) if grey else (1000, 3, size, size)
+    shape = (NOISE, size, size) if grey else (NOISE, 3, size, size)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     return model, meta, noise, None, "random images"

@@ -86,7 +86,10 @@ def test_fewer_bits_are_written_beside_the_weights(bits, shipped_like, tiny_data
     assert checkpoint.load(smaller)[1]["parameters"] == 100_000
 
 
-def test_own_images_that_are_given_are_what_it_is_checked_with(tmp_path, shipped_like, capsys):
+def test_own_images_that_are_given_are_what_it_is_checked_with(
+    tmp_path, shipped_like, monkeypatch, capsys
+):
+    monkeypatch.setattr(export, "NOISE", 50)
     model, meta = checkpoint.load(shipped_like)
     for name in meta["classes"]:
         place = tmp_path / "own" / "test" / name.replace("/", "-")
@@ -98,10 +101,11 @@ def test_own_images_that_are_given_are_what_it_is_checked_with(tmp_path, shipped
     assert export.main([*flags, "--data", str(tmp_path / "own")]) == 0
     assert "of 10 test images" in capsys.readouterr().out
     assert export.main(flags) == 0
-    assert "of 1,000 random images" in capsys.readouterr().out
+    assert "of 50 random images" in capsys.readouterr().out
 
 
-def test_plain_files_and_outputs(tiny, tmp_path, capsys):
+def test_plain_files_and_outputs(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "NOISE", 50)
     weights, half = tmp_path / "plain.pth", tmp_path / "half.pth"
     torch.save(models.build("resnet18", 3, stem=2).state_dict(), weights)
     flags = ["-w", str(weights), "--bits", "8", "-o", str(half)]

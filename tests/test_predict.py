@@ -196,7 +196,9 @@ def test_predictions_are_added_to_a_log(output, flags, tmp_path, capfd):
     assert predictions.startswith("id,pred\n0,") and predictions.count("\n") == 41
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_stopped_it_leaves_everything_as_it_was(number, flags, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

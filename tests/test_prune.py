@@ -34,7 +34,7 @@ def test_the_count_is_torchinfos(resnet18):
     assert prune.count(resnet18) == torchinfo_count(resnet18) == 11_181_642 - 512 * 9
 
 
-@pytest.mark.parametrize("budget", [1_000_000, 100_000, 99_999, 20_000])
+@pytest.mark.parametrize("budget", [1_000_000, 99_999, 20_000])
 def test_budgets_are_met_exactly_with_useful_weights_only(live, budget):
     model, masks = live
     chosen = prune.choose(model, masks, budget, SIZE, grey=True)
@@ -137,7 +137,7 @@ def test_the_largest_are_kept(live):
 
 def test_masks_of_a_ladder_only_shrink(live):
     model, masks = live
-    for budget in prune.ladder(4_228_570, 100_000, 3):
+    for budget in prune.ladder(4_228_570, 100_000, 2):
         smaller = prune.choose(model, masks, budget, SIZE, grey=True)
         assert all(not (smaller[name] & ~masks[name]).any() for name in masks)
         prune.apply_(model, smaller)
