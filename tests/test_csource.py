@@ -76,7 +76,7 @@ def test_the_shipped_network_fits_a_small_device(bits, tmp_path, sanitizers):
 @compiled
 @pytest.mark.parametrize(
     ("size", "grey", "stem", "budget"),
-    [(33, False, 4, 100_000), (28, True, 2, 60_000), (17, False, 2, 50_000), (19, True, 1, 30_000)],
+    [(33, False, 4, 50_000), (28, True, 2, 60_000), (17, False, 2, 50_000), (19, True, 1, 30_000)],
 )
 def test_colour_odd_sizes_and_small_stems(size, grey, stem, budget, narrow, tmp_path, sanitizers):
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_colour_odd_sizes_and_small_stems(size, grey, stem, budget, narrow, tmp_
 
 @compiled
 def test_a_dense_network_and_resnet50(narrow_resnet18, tmp_path, sanitizers):
-    compare(tmp_path, sanitizers, narrow_resnet18.eval(), pictures(2))
+    compare(tmp_path, [], narrow_resnet18.eval(), pictures(2))
     compare(tmp_path, sanitizers, prune_to(models.build("resnet50", 4), 60_000), pictures(2))
 
 

@@ -58,7 +58,7 @@ def test_the_smallest_and_largest_budget_are_met_and_no_other(live):
             prune.choose(model, masks, budget, SIZE, grey=True)
 
 
-@pytest.mark.parametrize("levels", [0, 1, 3])
+@pytest.mark.parametrize("levels", [0, 2])
 def test_ties_and_kept_zeros_do_not_miscount(live, levels):
     """With a few magnitudes only (or all zero), the last weight kept ties with thousands."""
     model, masks = live
