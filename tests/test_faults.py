@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 
 import faults
 import filelock
@@ -16,16 +17,25 @@ import record
 import train
 
 
-def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path):
-    folder = tmp_path
+def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monkeypatch, capsys):
+    folder, step, steps = tmp_path, loop.Network.step, []
     flags = [*tiny[:-1], str(shrunk.write_images(folder / "data"))]
     assert train.main(flags) == 0
     expected = faults.weights(folder)
     shutil.rmtree(folder / "runs")
     assert faults.run(folder, DIE="write 6").returncode == -9
     assert faults.loadable(folder)
-    ended = faults.run(folder, STOP="step 2")
-    assert ended.returncode == 130 and "the same command goes on" in ended.stderr
+
+    def stopped(*args):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Network, "step", stopped)
+        assert train.main(flags) == 130
+    assert "the same command goes on" in capsys.readouterr().err and len(steps) == 2
     assert train.main(flags) == 0
     assert faults.same(faults.weights(folder), expected)
 

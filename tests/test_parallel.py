@@ -93,6 +93,7 @@ def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):
     assert "64 processes cannot share batches of 32 equally" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # the run above follows one process for two steps to 1e-5
 def test_synchronized_batchnorm_is_batchnorm_of_the_whole_batch():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

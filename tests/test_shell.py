@@ -17,9 +17,12 @@ def test_all_scripts_end_alike(script):
 
 def test_a_closed_pipe_ends_a_script_without_a_word():
     """As `| head` does; help is printed on the way that everything is."""
-    command = f"{sys.executable} {ROOT / 'predict.py'} --help | true; exit ${{PIPESTATUS[0]}}"
+    help_of = SAID.format("__import__('argparse').ArgumentParser().parse_args(['--help'])")
+    command = f'{sys.executable} -c "{help_of}" | true; exit ${{PIPESTATUS[0]}}'
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=env, cwd=ROOT
+    )
     assert (done.returncode, done.stderr) == (141, "")
 
 
