@@ -5,10 +5,10 @@
 
 Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
 (ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
-on, from the best network so far). A recipe can do without a teacher: then the student learns from
-labels, and teaches what is left of it. All that a run leaves is in runs/<name>/; the same command
-goes on with a run that was stopped. Validation images, held out of the training set, choose the
-epoch; test is measured once, at the end.
+on, from one of the best networks so far). A recipe can do without a teacher: then the student
+learns from labels, and teaches what is left of it. All that a run leaves is in runs/<name>/; the
+same command goes on with a run that was stopped. Validation images, held out of the training set,
+choose the epoch; test is measured once, at the end.
 """
 
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
@@ -164,7 +164,7 @@ def teacher_of(run: Run, part: Part, parts: list[Part]) -> Path | None:
     before = [(other.name, run.path(other)) for other in parts[: parts.index(part)]]
     if part.name == "student" or run.given("teacher"):
         return run.given("teacher") or next((file for _, file in before), None)
-    before += [("student", file)] if (file := run.given("student")) else []
+    before += [("student", file)] if (file := run.given("student")) else []  # not a part
     files = [file for _, file in sorted(before, key=lambda pair: STAGES.index(pair[0]))]
     accuracies = [checkpoint.load(file)[1].get("val_accuracy") or 0 for file in files]
     enough = max(accuracies) - CLEAR
