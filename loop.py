@@ -63,8 +63,9 @@ class Recipe:
     budgets: tuple[int, ...] = ()  # what rounds end with; (): evenly, by their shares, to --budget
     images: int | None = None  # of the training set; None: all
     batch_size: int = 256
-    least_steps: int = 50  # of an epoch; fewer images are seen several times in it
+    least_steps: int = 36  # of an epoch; fewer images are seen several times in it
     taught_by: str = "first"  # or "last": of the networks that are good enough to teach the next
+    width: float = 1.0  # share of the channels that new networks have; the others stay zero
     crop_scale: tuple[float, float] = (0.85, 1.0)  # share of the image's area
     mixup_alpha: float = 0.1
     erased: float = 0.0  # share of the images of which a rectangle is noise
@@ -236,7 +237,10 @@ class Network:
 
     def __init__(self, model: nn.Module, stage: Stage, setup: Setup, average_every: int = 16):
         self.stage, self.setup, self.average_every = stage, setup, average_every
-        model = rewrite.speed_up_(rewrite.trim_(model, setup.image_size))
+        fixed = prune.count_fixed(model)
+        model = rewrite.trim_channels_(rewrite.trim_(model, setup.image_size))
+        self.left_out = fixed - prune.count_fixed(model)  # parameters, which count nevertheless
+        model = rewrite.speed_up_(model)
         self.model = model.to(setup.device, memory_format=torch.channels_last)
         self.trained = self.model
         if parallel.processes() > 1:
@@ -278,7 +282,7 @@ class Network:
             if self.setup.grey:
                 prune.fold_equal_channels_(self.model)
             masks = prune.all_useful(self.model, *kind)
-        self.set_masks(prune.choose(self.model, masks, budget, *kind))
+        self.set_masks(prune.choose(self.model, masks, budget - self.left_out, *kind))
         with self.setup.autocast():
             update_bn(images, self.model)
         self.average.n_averaged.zero_()
@@ -512,7 +516,7 @@ def fit(
             "stage": part.name,
             "round": part.round,
             "epoch": epoch + 1,
-            "parameters": prune.count(network.model),
+            "parameters": prune.count(network.model) + network.left_out,
             "loss": round(losses.mean().item(), 5),
             "train_accuracy": round(accuracy, 5),
             "val_accuracy": "" if val is None else round(val, 5),

@@ -1,16 +1,17 @@
 """The same function with less work: every rewrite is exact, but for rounding.
 
-Of a torchvision ResNet: `trim_` leaves out kernel taps that only ever meet padding, `speed_up_`
-makes convolutions matrix products where these win, `fold_batchnorm` folds BatchNorm into the
-convolution before it, `remove_channels_` removes channels that nobody reads or writes. At 28x28 the
-maps of the stock network shrink to 1x1, where most of a kernel only meets padding, and where a
-convolution is a matrix product, which oneDNN's convolutions, above all their weight gradients, do
-much slower.
+Of a torchvision ResNet: `trim_` leaves out kernel taps that only ever meet padding, `trim_channels_`
+channels without weights, both until `untrimmed`; `speed_up_` makes convolutions matrix products
+where these win, `fold_batchnorm` folds BatchNorm into the convolution before it, `remove_channels_`
+removes channels that nobody reads or that are always zero. At 28x28 the maps of the stock network
+shrink to 1x1, where most of a kernel only meets padding, and where a convolution is a matrix
+product, which oneDNN's convolutions, above all their weight gradients, do much slower.
 """
 
 import copy
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ UNFOLDED = 2**24  # bytes of unfolded input at a time: what a cache holds
 BLOCK = 16  # channels that onnxruntime computes together; it is slow with other numbers of them
 
 
-# --- taps that only meet padding ------------------------------------------------------------------
+# --- taps and channels that cannot matter ---------------------------------------------------------
 
 
 def side(layer: nn.Module, size: int) -> int:
@@ -78,16 +79,69 @@ def trim_(model: nn.Module, image_size: int) -> nn.Module:
     return model
 
 
-def untrimmed(model: nn.Module) -> nn.Module:
-    """A copy with torchvision's shapes; taps that `trim_` left out are zero."""
-    model = copy.deepcopy(model)
-    for conv in model.modules():
-        if hasattr(conv, "stock"):
-            kernel, padding = conv.stock
-            after = kernel - padding - conv.kernel_size[0]
-            _set_kernel_(conv, F.pad(conv.weight.detach(), 2 * (padding, after)), padding)
-            del conv.stock
+def trim_channels_(model: nn.Module) -> nn.Module:
+    """Leave out, in place, channels that no weight reads or writes; `untrimmed` is the way back.
+
+    Channels that are added to each other come and go together.
+    """
+    norms = dict(_followed_by_norms(model))
+    for writers, readers in channel_groups(model):
+        written = [layer.weight.flatten(1).any(1) for layer in writers]
+        there = torch.stack([_by_input(layer) for layer in readers] + written).any(0)
+        there[0] |= not there.any()  # a layer without channels is none
+        if not there.all():
+            for layer in writers + [norms[layer] for layer in writers if layer in norms]:
+                _keep_channels_(layer, 0, there)
+            for layer in readers:
+                _keep_channels_(layer, 1, there)
     return model
+
+
+def untrimmed(model: nn.Module) -> nn.Module:
+    """A copy with torchvision's shapes; weights that were left out are zero, BatchNorm of channels,
+    whose output nobody reads, is as initialised."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        for dim in list(getattr(layer, "there", {})):
+            _restore_channels_(layer, dim)
+        if hasattr(layer, "stock"):
+            kernel, padding = layer.stock
+            after = kernel - padding - layer.kernel_size[0]
+            _set_kernel_(layer, F.pad(layer.weight.detach(), 2 * (padding, after)), padding)
+            del layer.stock
+    return model
+
+
+def _keep_channels_(layer: nn.Module, dim: int, there: Tensor) -> None:
+    """Leave a layer only these of its output (`dim` 0) or input (1) channels."""
+    _each_tensor_(layer, dim, lambda name, tensor: tensor[(slice(None),) * dim + (there,)])
+    layer.there = getattr(layer, "there", {})
+    if dim in layer.there:  # of those that were there
+        there = layer.there[dim].masked_scatter(layer.there[dim], there)
+    layer.there = {**layer.there, dim: there}
+
+
+def _restore_channels_(layer: nn.Module, dim: int) -> None:
+    there = layer.there.pop(dim)
+
+    def whole(name: str, tensor: Tensor) -> Tensor:
+        shape = (*tensor.shape[:dim], len(there), *tensor.shape[dim + 1 :])
+        one = isinstance(layer, nn.BatchNorm2d) and name in ("weight", "running_var")
+        new = tensor.new_full(shape, float(one))
+        new[(slice(None),) * dim + (there,)] = tensor
+        return new
+
+    _each_tensor_(layer, dim, whole)
+
+
+def _each_tensor_(layer: nn.Module, dim: int, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace a layer's parameters and buffers that have this dimension."""
+    for name, old in [*layer.named_parameters(), *layer.named_buffers()]:
+        if old.dim() > dim:
+            new = change(name, old.detach())
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            setattr(layer, name, new)
 
 
 def _set_kernel_(conv: nn.Conv2d, weight: Tensor, padding: int) -> None:
@@ -180,19 +234,22 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     In a torchvision ResNet each BatchNorm is defined right behind the convolution it follows.
     """
     model = copy.deepcopy(model).eval()
-    conv_name = conv = None
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            conv_name, conv = name, module
-        elif isinstance(module, nn.BatchNorm2d):
-            model.set_submodule(conv_name, fuse_conv_bn_eval(conv, module))
-            model.set_submodule(name, nn.Identity())
+    names = {module: name for name, module in model.named_modules()}
+    for conv, norm in _followed_by_norms(model):
+        model.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
+        model.set_submodule(names[norm], nn.Identity())
     return model
+
+
+def _followed_by_norms(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """(convolution, its BatchNorm)."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    return [(a, b) for a, b in itertools.pairwise(layers) if isinstance(b, nn.BatchNorm2d)]
 
 
 def frozen(model: nn.Module, device: torch.device, bf16: bool, image_size: int) -> nn.Module:
     """A copy for fast forward passes only: BatchNorm folded, no gradients, all in bf16 or fp32."""
-    model = trim_(fold_batchnorm(model), image_size)
+    model = trim_channels_(trim_(fold_batchnorm(model), image_size))
     model = speed_up_(model).requires_grad_(False)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return model.to(device, dtype, memory_format=torch.channels_last)
@@ -234,7 +291,7 @@ def remove_channels_(model: nn.Module) -> None:
 
 
 def channel_groups(model: nn.Module) -> list[tuple[list[nn.Module], list[nn.Module]]]:
-    """(layers that write, layers that read) for each set of channels of a folded ResNet."""
+    """(layers that write, layers that read) for each set of channels of a ResNet."""
     groups, writers, readers = [], [model.conv1], []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         for block in stage:

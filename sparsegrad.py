@@ -347,8 +347,8 @@ class SparseForward:
         """Gradients of `parameters`, from that of the last maps."""
         current = self._map("d", *dy.shape).copy_(dy)
         for inner, outer, down in reversed(self.blocks):
-            x = inner.kept[0]
-            middle = self._map("inner", *current.shape)
+            x, between = inner.kept[0], outer.kept[0]
+            middle = self._map("inner", *between.shape)
             self._unit_gradient(outer, current, middle)
             if down is not None:
                 behind, current = current, self._map("d", *x.shape)

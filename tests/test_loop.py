@@ -156,6 +156,35 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
                 assert not weight[~network.masks[name]].any()
 
 
+def test_channels_without_weights_cost_no_work_and_change_no_weight(narrow, monkeypatch):
+    images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
+    stage, trained = loop.Stage(9, "sgd", 0.01, 5e-4), []
+    for trim in (loop.rewrite.trim_channels_, lambda model: model):
+        monkeypatch.setattr(loop.rewrite, "trim_channels_", trim)
+        torch.manual_seed(0)
+        model = models.build("resnet18", 10)
+        prune.narrow_(model, 0.5)
+        for budget in (None, 40_000, 20_000):
+            network = loop.Network(copy.deepcopy(model), stage, SETUP)
+            if budget:
+                network.cut(budget, [images])
+            network.model.train()
+            for _ in range(3):
+                network.step(images, targets, None, rate=0.01)
+            network.average.update_parameters(network.model)
+            model = loop.rewrite.untrimmed(network.average.module)
+            trained.append(model)
+            assert budget is None or prune.count(model) == budget
+    for fast, slow in zip(trained[:3], trained[3:], strict=True):
+        assert prune.count(fast) == prune.count(slow)
+        for (name, a), b in zip(
+            prune.weights(fast).items(), prune.weights(slow).values(), strict=True
+        ):
+            torch.testing.assert_close(a, b, msg=name)
+        torch.testing.assert_close(fast.eval()(images), slow.eval()(images), atol=1e-4, rtol=1e-4)
+    assert network.left_out == 0 and network.model.layer4[0].conv1.weight.shape[0] == 128
+
+
 def test_validation_that_skips_the_zeros_is_validation(narrow, monkeypatch):
     torch.manual_seed(0)
     network = loop.Network(models.build("resnet18", 10), loop.Stage(1), SETUP)

@@ -73,6 +73,38 @@ def test_trimming_is_exact_for_any_image_size_and_can_be_undone(narrow_resnet18,
         torch.testing.assert_close(weight, prune.weights(resnet18)[name] * live[name])
 
 
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+def test_channels_without_weights_are_left_out_and_can_be_brought_back(arch, narrow):
+    torch.manual_seed(0)
+    plain = models.build(arch, 10).double()
+    prune.narrow_(plain, 0.5)
+    first = plain.layer2[0]  # here some more, in the middle of the others
+    with torch.no_grad():
+        first.conv1.weight[1], first.conv2.weight[:, 1] = 0, 0
+        plain.layer3[0].conv1.weight[0] = 0  # read, but not written: its BatchNorm's bias goes on
+        plain.layer3[0].conv2.weight[:, 1] = 0  # written, but not read
+    fast = rewrite.trim_channels_(copy.deepcopy(plain))
+    again = rewrite.trim_channels_(copy.deepcopy(fast))
+    images, labels = torch.randn(6, 3, 28, 28, dtype=torch.double), torch.arange(6)
+    for model in (plain, fast, again):
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        torch.testing.assert_close(model.eval()(images), plain.eval()(images))
+    for (name, a), (_, b) in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
+        if name in prune.weights(plain):
+            assert b.count_nonzero() == a.count_nonzero() and b.numel() < a.numel()
+            a.grad[a == 0], b.grad[b == 0] = 0, 0  # of a channel whose BatchNorm has a bias
+        torch.testing.assert_close(b.grad.norm(), a.grad.norm(), msg=name)
+    for whole in (rewrite.untrimmed(fast), rewrite.untrimmed(again)):
+        assert prune.count(whole) == prune.count(plain)
+        for (name, a), (_, b) in zip(
+            plain.state_dict().items(), whole.state_dict().items(), strict=True
+        ):
+            assert b.shape == a.shape
+            if name in prune.weights(plain):
+                torch.testing.assert_close(b, a, msg=name)
+        torch.testing.assert_close(whole.eval()(images), plain(images))
+
+
 @pytest.mark.parametrize(
     ("size", "kernel", "stride", "padding", "taps"),
     [(1, 3, 1, 1, (1, 2)), (2, 3, 2, 1, (1, 3)), (2, 3, 1, 1, (0, 3)), (28, 7, 2, 3, (0, 7))],

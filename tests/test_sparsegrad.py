@@ -15,7 +15,8 @@ import sparsegrad
 
 
 def pruned(stem, size, keep=0.05, images=32):
-    """A narrow network in training, of whose weights a share of `keep` is left, and a batch."""
+    """A narrow network in training, of whose weights a share of `keep` is left, and not all channels
+    within and between the blocks; and a batch."""
     torch.manual_seed(0)
     with shrunk.narrow():
         model = models.build("resnet18", 10, stem=stem)
@@ -23,6 +24,12 @@ def pruned(stem, size, keep=0.05, images=32):
     with torch.no_grad():
         for weight in prune.weights(model).values():
             weight.mul_(torch.rand_like(weight) < keep).mul_(keep**-0.5)
+        within, (first, second) = model.layer2[0], model.layer4
+        within.conv1.weight[3:8], within.conv2.weight[:, 3:8] = 0, 0
+        for layer in (first.conv2, first.downsample[0], second.conv2):
+            layer.weight[5:9] = 0
+        second.conv1.weight[:, 5:9], model.fc.weight[:, 5:9] = 0, 0
+    model = rewrite.trim_channels_(model)
     batch = torch.randn(images, 3, size, size)
     batch[..., : size // 2] = -1  # a flat background, where all of a window are the largest
     return model, batch, torch.randint(10, (images,))

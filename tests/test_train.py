@@ -133,7 +133,10 @@ def equal(a, b):
 
 
 def test_same_seed_same_weights_stopped_or_not(tiny, folder, monkeypatch, capsys):
-    """Interrupted in every epoch but the first, and where each stage's file is to be written."""
+    """Interrupted in every epoch but the first, and where each stage's file is to be written; in
+    networks of half the channels."""
+    monkeypatch.setitem(train.RECIPES, "quick", replace(shrunk.RECIPE, width=0.5))
+    tiny = [*tiny, "--budget", "30000"]
     assert train.main(tiny) == 0
     expected, rows = weights_of(folder), read_rows(folder / "metrics.csv")
     folder.rename(folder.with_name("reference"))
@@ -168,6 +171,13 @@ def test_same_seed_same_weights_stopped_or_not(tiny, folder, monkeypatch, capsys
     for row in (*rows, *again):
         row.pop("seconds")
     assert again == rows
+    for name in ("teacher.pth", "student.pth", "pruned_resnet18.pth"):
+        model, meta = checkpoint.load(folder / name)
+        for weight in (model.layer4[0].conv1.weight, model.layer4[0].conv2.weight):
+            half = len(weight) // 2
+            assert weight[:half].any() and not weight[half:].any()
+        assert meta["parameters"] == prune.count(model)
+    assert meta["parameters"] == 30_000 == int(rows[-1]["parameters"])
 
 
 def test_a_given_teacher_is_used_and_none_is_trained(tiny, folder, tmp_path, monkeypatch):
