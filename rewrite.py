@@ -1,11 +1,11 @@
 """The same function with less work: every rewrite is exact, but for rounding.
 
-Of a torchvision ResNet: `trim_` leaves out kernel taps that only ever meet padding, `trim_channels_`
-channels without weights, both until `untrimmed`; `speed_up_` makes convolutions matrix products
-where these win, `fold_batchnorm` folds BatchNorm into the convolution before it, `remove_channels_`
-removes channels that nobody reads or that are always zero. At 28x28 the maps of the stock network
-shrink to 1x1, where most of a kernel only meets padding, and where a convolution is a matrix
-product, which oneDNN's convolutions, above all their weight gradients, do much slower.
+Of a torchvision ResNet: `trim_` leaves out kernel taps that only ever meet padding,
+`trim_channels_` channels without weights, both until `untrimmed`; `speed_up_` makes convolutions
+matrix products where these win, `fold_batchnorm` folds BatchNorm into the convolution before it,
+`remove_channels_` removes channels that nobody reads or that are always zero. At 28x28 the maps of
+the stock network shrink to 1x1, where most of a kernel only meets padding, and where a convolution
+is a matrix product, which oneDNN's convolutions, above all their weight gradients, do much slower.
 """
 
 import copy

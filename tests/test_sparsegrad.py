@@ -15,8 +15,8 @@ import sparsegrad
 
 
 def pruned(stem, size, keep=0.05, images=32):
-    """A narrow network in training, of whose weights a share of `keep` is left, and not all channels
-    within and between the blocks; and a batch."""
+    """A narrow network in training, of which a share of `keep` of the weights is left, and not all
+    channels within and between the blocks; and a batch."""
     torch.manual_seed(0)
     with shrunk.narrow():
         model = models.build("resnet18", 10, stem=stem)
