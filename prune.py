@@ -136,7 +136,7 @@ def core(model: nn.Module, masks: Masks) -> Masks:
 
 
 def budget_range(model: nn.Module, image_size: int, grey: bool) -> tuple[int, int]:
-    """Smallest and largest budget that `choose` can meet for this architecture."""
+    """Smallest and largest budget that `choose` can meet from the weights that are not zero."""
     masks = all_useful(model, image_size, grey)
     masks = {name: masks[name] & (weight != 0) for name, weight in weights(model).items()}
     smallest, largest = (

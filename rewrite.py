@@ -115,10 +115,10 @@ def untrimmed(model: nn.Module) -> nn.Module:
 def _keep_channels_(layer: nn.Module, dim: int, there: Tensor) -> None:
     """Leave a layer only these of its output (`dim` 0) or input (1) channels."""
     _each_tensor_(layer, dim, lambda name, tensor: tensor[(slice(None),) * dim + (there,)])
-    layer.there = getattr(layer, "there", {})
-    if dim in layer.there:  # of those that were there
-        there = layer.there[dim].masked_scatter(layer.there[dim], there)
-    layer.there = {**layer.there, dim: there}
+    before = getattr(layer, "there", {})
+    if dim in before:  # of those that were there
+        there = before[dim].masked_scatter(before[dim], there)
+    layer.there = {**before, dim: there}
 
 
 def _restore_channels_(layer: nn.Module, dim: int) -> None:

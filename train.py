@@ -86,10 +86,10 @@ RECIPES = {
         pruned=tuple(Stage(epochs, **_KD, cuts=epochs // 2) for epochs in (8, 8, 10, 10, 12, 16)),
         budgets=(1_000_000, 500_000, 200_000, 100_000, 50_000, 20_000),
     ),
-    # All stages on a part of the images: a look at the whole chain, not at its accuracy. Networks
-    # of half the channels take a third of the time, which buys steps. The last cuts lose most, and
-    # an epoch costs least then, so that the last round is the longest. The last network's answers
-    # are cheap: a ResNet50's would take half of a step.
+    # All stages on a part of the images: a look at the whole chain, not at its accuracy. Steps of
+    # networks of half the channels take a third of the time (LOG.md), which buys more of them. The
+    # last cuts lose most, and an epoch costs least then, so that the last round is the longest. The
+    # last network's answers are cheap: a ResNet50's would take half of a step.
     "quick": Recipe(
         teacher=Stage(2),
         student=Stage(5, **_KD),
