@@ -245,6 +245,20 @@ def test_views_are_the_crops_of_the_first_epochs_and_whole_images_of_their_own()
     assert [loop.view_of(epoch, loop.Stage(12)) for epoch in range(12)] == list(range(12))
 
 
+def test_a_narrow_network_is_answered_for_without_its_missing_channels():
+    generator = Generator().manual_seed(0)
+    dense, sparse, narrow = (models.build("resnet18", 10).eval() for _ in range(3))
+    for weight in prune.weights(sparse).values():
+        weight.data *= torch.rand(weight.shape, generator=generator) < 0.05
+    prune.narrow_(narrow, 3 / 8)  # few weights, but no zeros among its channels
+    frozen = [SETUP.frozen(model) for model in (dense, sparse, narrow)]
+    assert [isinstance(network, loop.SparseResNet) for network in frozen] == [False, True, False]
+    images = torch.randn(8, 1, 28, 28, generator=generator).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        for fast, model in zip(frozen, (dense, sparse, narrow), strict=True):
+            torch.testing.assert_close(fast(images), model(images))
+
+
 def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, tiny_data):
     """Kept answers change no weight, and a training that was stopped needs none of them."""
     recipe = replace(train.RECIPES["quick"], images=None)
