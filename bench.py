@@ -296,7 +296,7 @@ def training(source: data.Source, device: torch.device) -> Figures:
 
     def ours() -> None:
         progress = loop.Progress(images.steps, images.classes, device)
-        answers = loop.Teacher(teacher)
+        answers = loop.Teacher([teacher])
         loop.train_epoch(network, batches(), answers, rates, progress, loop.Stop())
 
     def only_networks() -> None:

@@ -125,14 +125,16 @@ def lengths(n: int, recipe: Recipe) -> tuple[int, int, int]:
 
 
 class Teacher:
-    """A network's logits for batches, of which those that come again are computed only once.
+    """The mean of networks' logits for batches, of which those that come again are computed once.
 
     Resampled crops cost little, a teacher's forward pass up to half of a step (as in FKD, arXiv
-    2112.01528, where crops and logits are kept on disk). `network` as from `Setup.frozen`.
+    2112.01528, where crops and logits are kept on disk). The mean of logits is that of several
+    networks' answers which Hinton et al. call geometric (arXiv 1503.02531). `networks` as from
+    `Setup.frozen`.
     """
 
-    def __init__(self, network: nn.Module):
-        self.network = network
+    def __init__(self, networks: list[nn.Module]):
+        self.networks = networks
         self.kept: dict[Hashable, Tensor] = {}
 
     def logits(self, images: Tensor, batch: Hashable = None) -> Tensor:
@@ -141,7 +143,8 @@ class Teacher:
         if batch is not None and batch in self.kept:
             return self.kept[batch]
         with torch.no_grad():
-            logits = self.network(images.to(next(self.network.parameters()).dtype)).float()
+            answers = [n(images.to(next(n.parameters()).dtype)).float() for n in self.networks]
+        logits = torch.stack(answers).mean(0)
         if batch is not None:
             self.kept[batch] = logits
         return logits
@@ -269,10 +272,8 @@ class Network:
         changed = masks is not self.masks
         self.masks = masks
         weights = prune.weights(self.model)
-        factors = {
-            name: torch.empty_like(weights[name]).copy_(mask) for name, mask in masks.items()
-        }
-        self._masked = [(weights[name], factor) for name, factor in factors.items()]
+        self._masked = [weights[name] for name in masks]
+        self._factors = [torch.empty_like(weights[name]).copy_(m) for name, m in masks.items()]
         prune.apply_(self.model, masks)
         prune.apply_(self.average.module, masks)
         if changed and parallel.processes() == 1:
@@ -309,16 +310,14 @@ class Network:
         self.optimizer.zero_grad()
         loss.backward()
         if self.masks is not None:  # what was pruned must not decide how much is clipped
-            for weight, mask in self._masked:
-                weight.grad.mul_(mask)
+            torch._foreach_mul_([weight.grad for weight in self._masked], self._factors)
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         if self.masks is not None:  # momentum and weight decay must not revive what was pruned
             with torch.no_grad():
-                for weight, mask in self._masked:
-                    weight.mul_(mask)
+                torch._foreach_mul_(self._masked, self._factors)
         return loss.detach(), logits.detach()
 
     def state_dict(self) -> dict:
@@ -446,7 +445,7 @@ def train_epoch(
 def fit(
     part: Part,
     model: nn.Module,
-    teacher: nn.Module | None,
+    teachers: list[nn.Module],
     images: Images,
     setup: Setup,
     *,
@@ -457,6 +456,7 @@ def fit(
 ) -> nn.Module:
     """Train `model`; returns a copy with the weights that validation chose.
 
+    `teachers` as `Teacher` has them; none: from labels only.
     After each epoch `save` is called with all that the next one needs and a row of figures; `saved`
     is such a state to go on from. Each epoch draws from a generator of its own, seeded by run, part
     and epoch, so that it can be repeated. If `stop` is asked for, the step is finished, `save`
@@ -464,7 +464,7 @@ def fit(
     finite.
     """
     stop, stage, steps = stop or Stop(), part.stage, images.passes * images.steps
-    answers = None if teacher is None else Teacher(teacher)
+    answers = Teacher(teachers) if teachers else None
     average_every = max(1, round(AVERAGE * stage.epochs * steps / UPDATES))
     network = Network(model, stage, setup, average_every)
     first, within, best = 0, None, {"score": -1.0}

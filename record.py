@@ -95,10 +95,9 @@ class Run:
     def finished(self) -> bool:
         return "stages" in self.record
 
-    def given(self, stage: str) -> Path | None:
-        """The file of --teacher or --student."""
-        file = self.settings[stage]
-        return Path(file["file"]) if file else None
+    def given(self, stage: str) -> list[Path]:
+        """The files of --teacher, or the one of --student."""
+        return [Path(file) for file in self.settings[stage]]
 
     def path(self, part: Part) -> Path:
         """The file of a finished part."""

@@ -3,6 +3,7 @@
 import functools
 import math
 import platform
+import statistics
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def finish(
 ) -> None:
     """Read the files that the run wrote, measure test, and write all that is left of the run."""
     val, test = images.val, data.load(source, "test") if data.has(source, "test") else None
-    files = [(stage, path, 0.0) for stage in ("teacher", "student") if (path := run.given(stage))]
+    files = [(stage, path, 0.0) for stage in ("teacher", "student") for path in run.given(stage)]
     files += [(part.title, run.path(part), run.minutes_of(part)) for part in parts]
     sizes = images.labels.bincount(minlength=images.classes)
     uneven = (sizes.max() > 2 * sizes.min()).item()  # then accuracy says little of rare classes
@@ -97,23 +98,31 @@ def result_rows(run: Run) -> list[dict]:
     stages = run.record["stages"]
     *teachers, student = (stage for stage in stages if not stage["stage"].startswith("pruned"))
     pruned = stages[len(teachers) + 1 :]
-    teacher = teachers[0] if teachers else {}
-    files = {stage: path.name for stage in ("teacher", "student") if (path := run.given(stage))}
 
-    def accuracies(name: str, stage: dict) -> dict[str, str]:
-        pairs = {split: stage.get(f"{split}_accuracy") for split in ("val", "test")}
-        return {f"{name}_{k}": "" if v is None else f"{v:.4f}" for k, v in pairs.items()}
+    def files(stage: str) -> str:
+        """As --teacher or --student has them, in this project's folder; else by their names."""
+        here = record.HERE
+        given = run.given(stage)
+        return " ".join(str(p.relative_to(here)) if here in p.parents else p.name for p in given)
+
+    def accuracies(name: str, *stages: dict) -> dict[str, str]:
+        """The mean over several teachers, of each alone."""
+        columns = {}
+        for split in ("val", "test"):
+            known = [share for s in stages if (share := s[f"{split}_accuracy"]) is not None]
+            columns[f"{name}_{split}"] = f"{statistics.mean(known):.4f}" if known else ""
+        return columns
 
     return [
         {
             "name": run.record["name"],
             "recipe": run.settings["recipe_name"],
             "stem": run.settings["stem"],
-            "teacher": files.get("teacher", ""),
-            "student": files.get("student", ""),
+            "teacher": files("teacher"),
+            "student": files("student"),
             "seed": run.settings["seed"],
             "parameters": stage["parameters"],
-            **accuracies("teacher", teacher),
+            **accuracies("teacher", *teachers),
             **accuracies("student", student),
             **accuracies("pruned", stage),
             "minutes": run.record["minutes"],

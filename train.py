@@ -68,6 +68,24 @@ RECIPES = {
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
     ),
+    # For a GPU: dense networks to teach others, and the long way down from a student of theirs. One
+    # training has all cuts, so gentle that SGD recovers from each within its epoch.
+    "dense": Recipe(
+        teacher=None,
+        student=Stage(40, **_SGD, **_KD),
+        pruned=(),
+        crop_scale=(0.8, 1.0),
+        mixup_alpha=0.2,
+        erased=0.5,
+    ),
+    "long": Recipe(
+        teacher=Stage(40),
+        student=Stage(20, **_SGD, **_KD),
+        pruned=(Stage(100, **_SGD, **_KD, cuts=30, views=25),),
+        crop_scale=(0.8, 1.0),
+        mixup_alpha=0.2,
+        erased=0.5,
+    ),
     # A network that is given, trained on: as small as it is already, or cut at once. Its zeros cost
     # nothing, so that training can be long, and augmentation strong.
     "finetune": Recipe(
@@ -115,7 +133,7 @@ def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
     dense = ("teacher", recipe.teacher), ("student", recipe.student)
     parts = [Part(name, of, n, f"{name}.pth") for n, (name, of) in enumerate(dense) if of]
     for n, (stage, start, end) in enumerate(
-        zip(recipe.pruned, (largest, *ends[:-1]), ends, strict=True)
+        zip(recipe.pruned, (largest, *ends)[:rounds], ends, strict=True)
     ):
         file = "pruned_resnet18.pth" if n == rounds - 1 else f"pruned_resnet18-{end}.pth"
         ladder = tuple(prune.ladder(start, end, stage.cuts))
@@ -157,38 +175,39 @@ def build(stage: str, settings: dict, classes: int) -> nn.Module:
     return model
 
 
-def teacher_of(run: Run, part: Part, parts: list[Part]) -> Path | None:
-    """The file of the network that `part` learns from beside the labels; None: from labels only.
+def teachers_of(run: Run, part: Part, parts: list[Part]) -> list[Path]:
+    """The files of the networks that `part` learns from beside the labels; []: from labels only.
 
     Without --teacher, what is left of the student learns from one of the networks so far that are
     within CLEAR of the best, by the validation accuracy in their files: where images are few, a
     ResNet50 of few steps can be near chance, and a pruned network far ahead of the dense one.
     """
     if part.name == "teacher":
-        return None
+        return []
     before = [(other.name, run.path(other)) for other in parts[: parts.index(part)]]
     if part.name == "student" or run.given("teacher"):
-        return run.given("teacher") or next((file for _, file in before), None)
-    before += [("student", file)] if (file := run.given("student")) else []  # not a part
+        return run.given("teacher") or [file for _, file in before][:1]
+    before += [("student", file) for file in run.given("student")]  # not a part
     files = [file for _, file in sorted(before, key=lambda pair: STAGES.index(pair[0]))]
     accuracies = [checkpoint.load(file)[1].get("val_accuracy") or 0 for file in files]
     enough = max(accuracies) - CLEAR
     good = [file for file, accuracy in zip(files, accuracies, strict=True) if accuracy >= enough]
-    return good[0 if run.settings["recipe"]["taught_by"] == "first" else -1]
+    return [good[0 if run.settings["recipe"]["taught_by"] == "first" else -1]]
 
 
 def train(
     run: Run, parts: list[Part], images: loop.Images, setup: Setup, source: data.Source, stop: Stop
 ) -> None:
     """All parts that are not finished yet."""
-    teacher, taught_by, before = None, None, run.given("student")
+    teachers, taught_by, before = [], [], next(iter(run.given("student")), None)
     for part in parts:
         parallel.wait()  # until process 0 has written the part before
         path = run.path(part)
         if not path.exists():
-            learns_from = teacher_of(run, part, parts)
-            if learns_from is not None and learns_from != taught_by:
-                teacher, taught_by = setup.frozen(checkpoint.load(learns_from)[0]), learns_from
+            learns_from = teachers_of(run, part, parts)
+            if learns_from != taught_by:
+                teachers = [setup.frozen(checkpoint.load(file)[0]) for file in learns_from]
+                taught_by = learns_from
             if part.name == "pruned":
                 model, _ = checkpoint.load(before)
             else:
@@ -196,7 +215,7 @@ def train(
             model = loop.fit(
                 part,
                 model,
-                teacher,
+                teachers,
                 images,
                 setup,
                 seed=run.settings["seed"],
@@ -267,17 +286,17 @@ def measure(
     seconds = {}
     recipe, classes = run.settings["recipe"], images.classes
 
-    def network_of(stage: str) -> nn.Module:
-        path = run.given(stage)
-        return checkpoint.load(path)[0] if path else build(stage, run.settings, classes)
+    def networks_of(stage: str) -> list[nn.Module]:
+        given = [checkpoint.load(path)[0] for path in run.given(stage)]
+        return given or [build(stage, run.settings, classes)]
 
     teaches = "teacher" if run.given("teacher") or recipe["teacher"] else "student"
-    teacher = loop.Teacher(setup.frozen(network_of(teaches)))
+    teacher = loop.Teacher([setup.frozen(network) for network in networks_of(teaches)])
     for part in parts:
         if part.round > 1:
             continue
         stage = "teacher" if part.name == "teacher" else "student"
-        network = loop.Network(network_of(stage), part.stage, setup)
+        network = loop.Network(networks_of(stage)[0], part.stage, setup)
         if run.given(stage):  # what is zero already costs nothing
             network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         network.model.train()
@@ -325,12 +344,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--teacher",
         type=Path,
+        nargs="+",
         metavar="FILE",
-        help="weights of a ResNet50 or ResNet18; no teacher is trained then",
+        help="weights of a ResNet50 or ResNet18, or of several, whose mean teaches; no teacher is "
+        "trained then",
     )
     what.add_argument(
         "--student",
         type=Path,
+        nargs=1,
         metavar="FILE",
         help="weights of a ResNet18, dense or pruned, to go on from; no dense one is trained then",
     )
@@ -434,12 +456,11 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
             f"--budget {budgets[-1]:,}: possible are {smallest:,} (BatchNorm, biases, and "
             f"the floors of all layers) to {largest:,} (all weights that can matter)"
         )
-    files = {"teacher": None, "student": None}
-    for stage in files:
-        if (path := getattr(args, stage)) is not None:
+    files = {"teacher": {}, "student": {}}
+    for stage, given in files.items():
+        for path in getattr(args, stage) or []:
             network, meta = checkpoint.load(path)
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            files[stage] = {"file": str(path.resolve()), "sha256": sha256}
+            given[str(path.resolve())] = hashlib.sha256(path.read_bytes()).hexdigest()
             if meta["num_classes"] != classes:
                 raise UsageError(
                     f"{path}: has {meta['num_classes']} classes, the images have {classes}"
@@ -447,14 +468,13 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
     if args.student is not None:  # the last that was read
         if (meta["arch"], meta["stem"]) != ("resnet18", args.stem):
             raise UsageError(
-                f"--student {args.student}: a {meta['arch']} of --stem {meta['stem']}, not a "
+                f"--student {path}: a {meta['arch']} of --stem {meta['stem']}, not a "
                 f"resnet18 of --stem {args.stem}"
             )
         largest = min(largest, left := prune.count(network))
         if left < max(budgets):
             raise UsageError(
-                f"--student {args.student}: has {left:,} parameters, fewer than "
-                f"the budget {max(budgets):,}"
+                f"--student {path}: has {left:,} parameters, fewer than the budget {max(budgets):,}"
             )
     elif recipe.student is None:
         raise UsageError(f"--recipe {args.recipe}: needs a network to go on from, --student FILE")
@@ -485,6 +505,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with parallel.joined(args.device):

@@ -125,7 +125,7 @@ def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypat
     recipe = loop.Recipe(loop.Stage(80), loop.Stage(1), (), batch_size=2, least_steps=4)
     images = loop.Images(torch.zeros(8, 28, 28), torch.arange(8), 10, recipe)
     part = loop.Part("teacher", recipe.teacher, 0, "teacher.pth")
-    loop.fit(part, models.build("resnet18", 10), None, images, SETUP, seed=0)
+    loop.fit(part, models.build("resnet18", 10), [], images, SETUP, seed=0)
     assert taken == list(range(10, 321, 10))
 
 
@@ -226,7 +226,7 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
     model = loop.fit(
         part,
         models.build("resnet18", 10),
-        None,
+        [],
         images,
         setup,
         seed=0,
@@ -275,7 +275,7 @@ def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, t
     def fit(saved=None):
         asked.clear()
         done = loop.fit(
-            part, copy.deepcopy(model), teacher, images, setup, seed=0, saved=saved,
+            part, copy.deepcopy(model), [teacher], images, setup, seed=0, saved=saved,
             save=lambda state, row: states.append(copy.deepcopy(state)),
         )  # fmt: skip
         return done.state_dict()

@@ -5,7 +5,7 @@ import pytest
 
 import record
 
-SETTINGS = {"seed": 0, "budget": 100_000, "teacher": {"file": "t.pth", "sha256": "1"}}
+SETTINGS = {"seed": 0, "budget": 100_000, "teacher": {"t.pth": "1"}}
 MACHINE = {"threads": 2}, True  # and whether in bf16
 
 
@@ -26,10 +26,10 @@ def test_the_commit_has_a_plus_if_files_differ(tmp_path, monkeypatch):
 def test_a_run_goes_on_with_its_settings_only_and_says_what_changed(tmp_path):
     record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]}, *MACHINE)
     record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]}, *MACHINE)
-    teacher, classes = {"file": "t.pth", "sha256": "2"}, ["cat", "cow", "dog"]
+    teacher, classes = {"t.pth": "2"}, ["cat", "cow", "dog"]
     with pytest.raises(record.UsageError) as error:
         record.Run(tmp_path, {**SETTINGS, "teacher": teacher, "classes": classes}, *MACHINE)
-    assert "(teacher sha256: 1, now 2; classes: [], now ['cow'])" in str(error.value)
+    assert "(teacher t.pth: 1, now 2; classes: [], now ['cow'])" in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "17", '{"settings": 1}', "", "{"])
