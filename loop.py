@@ -124,6 +124,43 @@ def lengths(n: int, recipe: Recipe) -> tuple[int, int, int]:
     return batch_size, steps, math.ceil(recipe.least_steps / steps)
 
 
+class Recorded:
+    """A function of tensors that a GPU of CUDA's is asked for with one launch.
+
+    A step of these networks is hundreds of kernels, most of them sooner done than launched. The
+    first calls run as they are, so that all that is made on first use is there; the next is
+    recorded as a CUDA graph, and replayed from then on. So shapes stay, and all that the function
+    reads but its arguments changes in place only. What is returned is overwritten by the next call.
+    On other devices, and if several processes share a step, it is the function itself.
+    """
+
+    FIRST = 3  # calls
+
+    def __init__(self, function: Callable):
+        self.function, self.calls, self.graph = function, 0, None
+
+    def __call__(self, *inputs: Tensor):
+        if not inputs[0].is_cuda or parallel.processes() > 1:
+            return self.function(*inputs)
+        self.calls += 1
+        if self.calls <= self.FIRST:  # on another stream, as recording will be
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                outputs = self.function(*inputs)
+            current.wait_stream(stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = [tensor.clone() for tensor in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for kept, tensor in zip(self.inputs, inputs, strict=True):
+            kept.copy_(tensor)
+        self.graph.replay()
+        return self.outputs
+
+
 class Teacher:
     """The mean of networks' logits for batches, of which those that come again are computed once.
 
@@ -135,6 +172,7 @@ class Teacher:
 
     def __init__(self, networks: list[nn.Module]):
         self.networks = networks
+        self.answer = Recorded(self._answer)
         self.kept: dict[Hashable, Tensor] = {}
 
     def logits(self, images: Tensor, batch: Hashable = None) -> Tensor:
@@ -142,12 +180,15 @@ class Teacher:
         again."""
         if batch is not None and batch in self.kept:
             return self.kept[batch]
-        with torch.no_grad():
-            answers = [n(images.to(next(n.parameters()).dtype)).float() for n in self.networks]
-        logits = torch.stack(answers).mean(0)
+        logits = self.answer(images)
         if batch is not None:
-            self.kept[batch] = logits
+            self.kept[batch] = logits.clone()
         return logits
+
+    @torch.no_grad()
+    def _answer(self, images: Tensor) -> Tensor:
+        answers = [n(images.to(next(n.parameters()).dtype)).float() for n in self.networks]
+        return torch.stack(answers).mean(0)
 
 
 class Images:
@@ -256,24 +297,30 @@ class Network:
             self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / UPDATES), use_buffers=True
         )
         self.masks: prune.Masks | None = None
+        self._recorded = Recorded(self._step)
         self.sparse: sparsegrad.SparseForward | None = None  # without the zeros, if faster
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[stage.optimizer]
-        extra = {"momentum": 0.9, "nesterov": True} if stage.optimizer == "sgd" else {}
+        sgd, cuda = stage.optimizer == "sgd", setup.device.type == "cuda"
+        extra = {"momentum": 0.9, "nesterov": True} if sgd else {"capturable": cuda}
         self.optimizer = kind(
             self.model.parameters(),
             lr=stage.learning_rate,
             weight_decay=stage.weight_decay,
-            fused=setup.device.type in ("cpu", "cuda"),
+            fused=cuda or setup.device.type == "cpu",
             **extra,
         )
 
     def set_masks(self, masks: prune.Masks) -> None:
         """From now on, only these weights are not zero, in the average as well."""
         changed = masks is not self.masks
-        self.masks = masks
         weights = prune.weights(self.model)
-        self._masked = [weights[name] for name in masks]
-        self._factors = [torch.empty_like(weights[name]).copy_(m) for name, m in masks.items()]
+        if self.masks is None:
+            self._masked = [weights[name] for name in masks]
+            self._factors = {name: torch.empty_like(weights[name]) for name in masks}
+            self._recorded = Recorded(self._step)  # to which masks are new
+        for name, mask in masks.items():
+            self._factors[name].copy_(mask)
+        self.masks = masks
         prune.apply_(self.model, masks)
         prune.apply_(self.average.module, masks)
         if changed and parallel.processes() == 1:
@@ -297,6 +344,18 @@ class Network:
 
         `teacher_logits` float (N, classes), or None: from labels only.
         """
+        if images.is_cuda:  # from where a recorded step reads it
+            rate = torch.full((), rate, device=images.device)
+        answers = [] if teacher_logits is None else [teacher_logits]
+        return self._recorded(images, targets, rate, *answers)
+
+    def _step(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        rate: float | Tensor,
+        teacher_logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         stage = self.stage
         whole = self.sparse is not None and len(images) % self.sparse.images == 0
         with self.setup.autocast():
@@ -310,14 +369,15 @@ class Network:
         self.optimizer.zero_grad()
         loss.backward()
         if self.masks is not None:  # what was pruned must not decide how much is clipped
-            torch._foreach_mul_([weight.grad for weight in self._masked], self._factors)
+            factors = list(self._factors.values())
+            torch._foreach_mul_([weight.grad for weight in self._masked], factors)
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         if self.masks is not None:  # momentum and weight decay must not revive what was pruned
             with torch.no_grad():
-                torch._foreach_mul_(self._masked, self._factors)
+                torch._foreach_mul_(self._masked, factors)
         return loss.detach(), logits.detach()
 
     def state_dict(self) -> dict:
@@ -332,6 +392,9 @@ class Network:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # perhaps from another device
+            if "capturable" in group:
+                group["capturable"] = self.setup.device.type == "cuda"
         if state["masks"] is not None:
             self.set_masks(
                 {name: mask.to(self.setup.device) for name, mask in state["masks"].items()}

@@ -77,9 +77,13 @@ def path_gradients(model: nn.Module, values: dict[str, Tensor], image_size: int,
     The network is run with the non-negative `values` for its weights (by name), BatchNorm left
     out and means for maxima, on an image of ones: no term can cancel, so the gradient of the
     summed logits at a weight is positive exactly if all other links of some path through it are
-    (cf. SynFlow, arXiv 2006.05467). Returns float64 tensors by name, on the CPU.
+    (cf. SynFlow, arXiv 2006.05467). Returns float64 tensors by name, on the CPU unless the model is
+    on a GPU of CUDA's.
     """
-    paths = copy.deepcopy(model).cpu().double().eval()  # path counts overflow fp32
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        device = torch.device("cpu")  # others may know no float64
+    paths = copy.deepcopy(model).to(device).double().eval()  # path counts overflow fp32
     for name, module in list(paths.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, nn.BatchNorm2d):
@@ -91,7 +95,7 @@ def path_gradients(model: nn.Module, values: dict[str, Tensor], image_size: int,
     with torch.no_grad():
         for name, weight in parameters.items():
             weight.copy_(values[name])
-    image = torch.ones(1, 3, image_size, image_size, dtype=torch.double)
+    image = torch.ones(1, 3, image_size, image_size, dtype=torch.double, device=device)
     if grey:
         image[:, 1:] = 0  # see `fold_equal_channels_`
     gradients = torch.autograd.grad(paths(image).sum(), list(parameters.values()))

@@ -295,3 +295,34 @@ def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
     images, targets = torch.randn(4, 3, 28, 28), torch.rand(4, 10).softmax(1)
     loss, logits = network.step(images, targets, None, rate=0.0)
     torch.testing.assert_close(loss, -(targets * F.log_softmax(logits, 1)).sum(1).mean())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_recorded_steps_on_a_gpu_are_those_that_were_recorded(optimizer, monkeypatch):
+    setup = loop.Setup(torch.device("cuda"), False, 28, True)
+
+    def trained(first: int) -> tuple[list[float], int]:
+        monkeypatch.setattr(loop.Recorded, "FIRST", first)
+        torch.manual_seed(0)
+        stage = loop.Stage(1, optimizer, kd_weight=0.5)
+        network = loop.Network(models.build("resnet18", 10), stage, setup)
+        network.model.train()
+        teacher = loop.Teacher([setup.frozen(models.build("resnet18", 10)) for _ in range(2)])
+        generator, losses = torch.Generator("cuda").manual_seed(0), []
+        for step in range(15):
+            if step in (5, 10):
+                network.cut({5: 2_000_000, 10: 1_000_000}[step], [])
+            images = torch.randn(32, 1, 28, 28, generator=generator, device="cuda")
+            images = images.expand(-1, 3, -1, -1)
+            targets = torch.eye(10, device="cuda")[torch.arange(32, device="cuda") % 10]
+            rate = 1e-3 * (step + 1)
+            loss, _ = network.step(images, targets, teacher.logits(images), rate)
+            losses.append(loss.item())
+        assert (network._recorded.graph is None) == (first > 15)
+        return losses, prune.count(network.model)
+
+    recorded, left = trained(2)
+    plain, as_many = trained(100)
+    assert left == as_many and recorded == pytest.approx(plain, rel=0.03)
+    assert len(set(recorded)) == 15
