@@ -72,16 +72,16 @@ RECIPES = {
     # training has all cuts, so gentle that SGD recovers from each within its epoch.
     "dense": Recipe(
         teacher=None,
-        student=Stage(40, **_SGD, **_KD),
+        student=Stage(30, **_SGD, **_KD),
         pruned=(),
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
         erased=0.5,
     ),
     "long": Recipe(
-        teacher=Stage(40),
-        student=Stage(20, **_SGD, **_KD),
-        pruned=(Stage(100, **_SGD, **_KD, cuts=30, views=25),),
+        teacher=Stage(30),
+        student=Stage(16, **_SGD, **_KD),
+        pruned=(Stage(80, **_SGD, **_KD, cuts=24, views=20),),
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
         erased=0.5,
