@@ -72,16 +72,16 @@ RECIPES = {
     # training has all cuts, so gentle that SGD recovers from each within its epoch.
     "dense": Recipe(
         teacher=None,
-        student=Stage(30, **_SGD, **_KD),
+        student=Stage(24, **_SGD, **_KD),
         pruned=(),
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
         erased=0.5,
     ),
     "long": Recipe(
-        teacher=Stage(30),
-        student=Stage(16, **_SGD, **_KD),
-        pruned=(Stage(80, **_SGD, **_KD, cuts=24, views=20),),
+        teacher=Stage(24),
+        student=Stage(12, **_SGD, **_KD),
+        pruned=(Stage(60, **_SGD, **_KD, cuts=20, views=15),),
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
         erased=0.5,
