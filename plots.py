@@ -78,7 +78,7 @@ def sizes(results: Path, recipe: str) -> bytes:
 
     With several seeds, the mean and, as a bar, lowest and highest.
     """
-    rows = pd.read_csv(results)
+    rows = pd.read_csv(results).dropna(subset="pruned_test")
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for parameters, accuracy, text, side in PUBLISHED:
         axes.plot(parameters, accuracy, "o", color="tab:gray")

@@ -27,6 +27,8 @@ import train
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results.csv", HERE / "README.md"
+TEACHERS = " ".join(f"runs/dense-stem2-seed{seed}/student.pth" for seed in range(3))
+TEACHERS_SHORT = "runs/dense-stem2-seed?/student.pth"  # as a shell finds them
 SHIPPED = (HERE / "pruned_resnet18.pth", HERE / "pruned_resnet18-stem2.pth")
 
 
@@ -55,7 +57,7 @@ def flags_of(row: dict[str, str]) -> str:
     """What train.py was given, but for the seed."""
     defaults = {"recipe": "cpu", "stem": "4", "teacher": "", "student": ""}
     given = [f" --{name} {row[name]}" for name, default in defaults.items() if row[name] != default]
-    return "".join(given)
+    return "".join(given).replace(TEACHERS, TEACHERS_SHORT)
 
 
 def mean_and_spread(percent: list[float]) -> str:
@@ -96,11 +98,12 @@ def results_table(measured: dict) -> list[str]:
         )
         seeds = f"{len(rows)} seed{'s' * (len(rows) > 1)}"
         minutes = statistics.median(float(row["minutes"]) for row in rows)
+        where = rows[0]["device"]
         rates = f"{speed['multiply_adds'] / 1e6:.2f} M | {speed['1']:,.0f} | {speed['256']:,.0f}"
         size, command = path.stat().st_size / 1000, f"`train.py{flags_of(rows[0])}`"
         lines.append(
             f"| `{path.name}` | **{test}** ({seeds}) | {val} | {rates} "
-            f"| {size:,.0f} | {command}, {minutes:.0f} minutes |"
+            f"| {size:,.0f} | {command}, {minutes:.0f} minutes on {where} |"
         )
     return lines
 
@@ -300,7 +303,7 @@ def add(path: Path) -> None:
     """Add the rows of `path` that results.csv lacks; runs on all images have no validation, and
     stay out."""
     with path.open() as file:
-        new = [row for row in csv.DictReader(file) if row["pruned_val"]]
+        new = [row for row in csv.DictReader(file) if row["student_val"] or row["pruned_val"]]
     rows = result_rows()
     checkpoint.write(RESULTS, record.to_csv([*rows, *(row for row in new if row not in rows)]))
 

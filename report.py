@@ -94,7 +94,10 @@ def by_class(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[s
 
 
 def result_rows(run: Run) -> list[dict]:
-    """A row for results.csv for the pruned network, or for each that has a budget of its own."""
+    """A row for results.csv for the pruned network, or for each that has a budget of its own.
+
+    A run that pruned nothing has one, too, without figures of a pruned network.
+    """
     stages = run.record["stages"]
     *teachers, student = (stage for stage in stages if not stage["stage"].startswith("pruned"))
     pruned = stages[len(teachers) + 1 :]
@@ -105,8 +108,8 @@ def result_rows(run: Run) -> list[dict]:
         given = run.given(stage)
         return " ".join(str(p.relative_to(here)) if here in p.parents else p.name for p in given)
 
-    def accuracies(name: str, *stages: dict) -> dict[str, str]:
-        """The mean over several teachers, of each alone."""
+    def accuracies(name: str, stages: list[dict]) -> dict[str, str]:
+        """The mean, if there are several: of teachers, each alone."""
         columns = {}
         for split in ("val", "test"):
             known = [share for s in stages if (share := s[f"{split}_accuracy"]) is not None]
@@ -122,14 +125,14 @@ def result_rows(run: Run) -> list[dict]:
             "student": files("student"),
             "seed": run.settings["seed"],
             "parameters": stage["parameters"],
-            **accuracies("teacher", *teachers),
-            **accuracies("student", student),
-            **accuracies("pruned", stage),
+            **accuracies("teacher", teachers),
+            **accuracies("student", [student]),
+            **accuracies("pruned", [stage] if stage in pruned else []),
             "minutes": run.record["minutes"],
             "device": run.record["device"],
             "commit": run.record["commit"],
         }
-        for stage in (pruned if run.settings["recipe"]["budgets"] else pruned[-1:])
+        for stage in (pruned if run.settings["recipe"]["budgets"] else stages[-1:])
     ]
 
 

@@ -506,7 +506,6 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with parallel.joined(args.device):
