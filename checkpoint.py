@@ -399,18 +399,11 @@ def _require(condition: bool) -> None:
         raise _Broken
 
 
-def _empty(arch: str, num_classes: int, stem: int) -> nn.Module:
-    """As `models.build`, without the random weights that a file's would replace."""
-    with torch.device("meta"):
-        model = models.build(arch, num_classes, stem=stem)
-    return model.to_empty(device="cpu")
-
-
 def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
     """The reverse of `save`."""
     try:
         meta = _checked_meta(path, content)
-        model = _empty(meta["arch"], meta["num_classes"], meta["stem"])
+        model = models.build(meta["arch"], meta["num_classes"], stem=meta["stem"])
         state, prunable = model.state_dict(), prune.weights(model).keys()
         layers = [state[name] for name in prunable]
         parts = _unpacked(content, sum(layer.numel() for layer in layers))
@@ -538,7 +531,7 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
         stem = 4
     elif stem != 2:  # the max-pool leaves no trace
         stem = 1
-    model = _empty(arch, len(fc), stem)
+    model = models.build(arch, len(fc), stem=stem)
     own = model.state_dict()
     for name in own:
         if name not in state:

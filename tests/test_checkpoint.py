@@ -1,5 +1,8 @@
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -447,3 +450,12 @@ def test_true_is_no_number(key, shipped_like, path):
     edit(path, meta={key: True})
     with pytest.raises(checkpoint.CheckpointError, match="do not fit together"):
         checkpoint.load(path)
+
+
+def test_loading_does_not_import_the_compiler(shipped_like):
+    """Which takes longer than all the rest of a prediction."""
+    script = (
+        f"import sys, checkpoint; checkpoint.load({str(shipped_like)!r}); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=Path(checkpoint.__file__).parent, check=True)

@@ -108,6 +108,9 @@ def readme_commands() -> list[tuple[str, list[str]]]:
     """(script, flags) of every command with a script of ours in the README."""
     text = (ROOT / "README.md").read_text()
     lines = re.findall(r"^(?:uv run|python|torchrun)\b.*", text, re.M)
+    lines += [
+        line.replace("$seed", "0") for line in re.findall(r"^for .*; do (.*); done$", text, re.M)
+    ]
     lines += re.findall(r"`((?:uv run|python) [^`]+\.py[^`]*|train\.py --[^`]+)`", text)
     commands = []
     for line in lines:
@@ -132,9 +135,10 @@ def newcomers_folder(tmp_path, monkeypatch, wide, tiny_data, shipped_like):
             image.save(tmp_path / place / f"{i}.png")
     for weights in ROOT.glob("pruned_resnet18*.pth"):
         shutil.copy(weights, tmp_path)
-    weights = tmp_path / "runs" / "cpu-folder-seed0" / "pruned_resnet18.pth"
-    weights.parent.mkdir(parents=True)
-    shutil.copy(shipped_like, weights)
+    for name in ("cpu-folder-seed0/pruned_resnet18", "dense-stem2-seed0/student"):
+        weights = tmp_path / "runs" / f"{name}.pth"
+        weights.parent.mkdir(parents=True)
+        shutil.copy(shipped_like, weights)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -147,6 +151,7 @@ def test_the_readmes_commands_run(script, flags, newcomers_folder, monkeypatch):
         return
     if script == "export.py" and not {"--c", "--bits"} & {*flags}:
         pytest.importorskip("onnxscript", reason="needs --group export")
+    flags = [str(path) for flag in flags for path in sorted(Path().glob(flag)) or [flag]]
     module = importlib.import_module(script.removesuffix(".py"))
     if script == "bench.py":
         monkeypatch.setattr(module, "all_parts", lambda flags: 0)

@@ -250,6 +250,37 @@ def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
     capsys.readouterr()
 
 
+def test_networks_that_are_only_dense_teach_together(tiny, tmp_path, monkeypatch, capsys):
+    dense = replace(shrunk.RECIPE, teacher=None, pruned=())
+    monkeypatch.setitem(train.RECIPES, "dense", dense)
+    monkeypatch.setattr(train, "measure", shrunk.MEASURE)
+    for seed in ("0", "1"):
+        assert train.main([*tiny[1:], "--recipe", "dense", "--stem", "2", "--seed", seed]) == 0
+        folder = tmp_path / "runs" / f"dense-stem2-seed{seed}"
+        assert not list(folder.glob("pruned*"))
+    files = [str(tmp_path / "runs" / f"dense-stem2-seed{seed}" / "student.pth") for seed in (0, 1)]
+    monkeypatch.setitem(train.RECIPES, "long", shrunk.RECIPE)
+    taught = []
+    fit = loop.fit
+
+    def watched(part, model, teachers, *args, **options):
+        taught.append([id(teacher) for teacher in teachers])
+        return fit(part, model, teachers, *args, **options)
+
+    monkeypatch.setattr(loop, "fit", watched)
+    monkeypatch.setattr(record, "HERE", tmp_path)
+    assert train.main([*tiny[1:], "--recipe", "long", "--teacher", *files]) == 0
+    assert len(taught) == 3 and len(taught[0]) == 2 and taught[0] == taught[1] == taught[2]
+    *rows, last = read_rows(tmp_path / "results.csv")
+    for row in rows:
+        assert row["pruned_test"] == row["teacher_test"] == "" != row["student_test"]
+        assert int(row["parameters"]) > 100_000
+    assert last["teacher"] == " ".join(f"runs/dense-stem2-seed{n}/student.pth" for n in (0, 1))
+    mean = sum(float(row["student_test"]) for row in rows) / 2
+    assert float(last["teacher_test"]) == pytest.approx(mean, abs=1e-4)
+    assert capsys.readouterr().out.count("\nteacher ") == 2
+
+
 @pytest.mark.parametrize(
     ("taught_by", "accuracies", "given", "expected"),
     [
