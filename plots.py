@@ -62,7 +62,7 @@ DENSE = {4: 11_181_642, 2: 11_173_962, 1: 11_173_962}  # parameters of a ResNet1
 PUBLISHED = (
     (98_954, 94.31, "3-conv CNN, distilled\n(epoch chosen on test)", "left"),
     (85_956, 93.51, "pruned ResNet14, distilled\n(median of 185)", "left"),
-    (296_000, 94.7, "CNN, random erasing", "left"),
+    (296_000, 94.7, "CNN, random erasing", "right"),
     (768_000, 95.4, "DenseNet-BC", "left"),
     (8_900_000, 96.7, "WRN40-4", "left"),
     (11_200_000, 94.9, "ResNet18", "right"),
