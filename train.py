@@ -6,9 +6,10 @@
 Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
 (ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
 on, from one of the best networks so far). A recipe can do without a teacher: then the student
-learns from labels, and teaches what is left of it. All that a run leaves is in runs/<name>/; the
-same command goes on with a run that was stopped. Validation images, held out of the training set,
-choose the epoch; test is measured once, at the end.
+learns from labels, and teaches what is left of it; or without rounds: then it ends with a dense
+network, which can teach others. All that a run leaves is in runs/<name>/; the same command goes on
+with a run that was stopped. Validation images, held out of the training set, choose the epoch; test
+is measured once, at the end.
 """
 
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
@@ -68,8 +69,8 @@ RECIPES = {
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
     ),
-    # For a GPU: dense networks to teach others, and the long way down from a student of theirs. One
-    # training has all cuts, so gentle that SGD recovers from each within its epoch.
+    # For a GPU, 1 and 3 minutes: dense networks to teach others, and the long way down from a student
+    # of theirs. One training has all cuts, so gentle that SGD recovers from each within its epoch.
     "dense": Recipe(
         teacher=None,
         student=Stage(24, **_SGD, **_KD),
