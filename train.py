@@ -69,8 +69,9 @@ RECIPES = {
         crop_scale=(0.8, 1.0),
         mixup_alpha=0.2,
     ),
-    # For a GPU, 1 and 3 minutes: dense networks to teach others, and the long way down from a student
-    # of theirs. One training has all cuts, so gentle that SGD recovers from each within its epoch.
+    # For a GPU, 1 and 3 minutes: dense networks to teach others, and the long way down from a
+    # student of theirs. One training has all cuts, so gentle that SGD recovers from each within its
+    # epoch.
     "dense": Recipe(
         teacher=None,
         student=Stage(24, **_SGD, **_KD),
@@ -446,6 +447,9 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
         probe = models.build("resnet18", classes, args.imagenet, args.stem)
     except OSError as error:
         raise UsageError(f"--imagenet: the weights cannot be downloaded ({error})") from None
+    with torch.no_grad():
+        for weight in prune.weights(probe).values():
+            weight.fill_(1)  # a random one can be 0.0, and the plan would be another next time
     recipe = RECIPES[args.recipe]
     if not args.imagenet:
         prune.narrow_(probe, recipe.width)

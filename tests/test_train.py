@@ -50,6 +50,23 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     assert ends == list(recipe.budgets) if recipe.budgets else ends[-1] == 100_000
 
 
+def test_a_plan_does_not_depend_on_random_weights(wide, monkeypatch):
+    args = train.parse(wide)
+    source = data.find(args.data)
+    build, known = models.build, []
+
+    def build_with_a_zero(*args):
+        model = build(*args)
+        with torch.no_grad():
+            model.layer1[0].conv1.weight[0, 0, 1, 1] = 0.0
+        return model
+
+    for of in (build, build_with_a_zero):
+        monkeypatch.setattr(models, "build", of)
+        known.append(train.check(args, source))
+    assert known[0] == known[1]
+
+
 def test_a_round_goes_its_share_of_the_way_in_as_many_cuts_as_it_likes():
     quick = train.RECIPES["quick"]
     rounds = (loop.Stage(4, cuts=3), loop.Stage(6, cuts=4), loop.Stage(32, cuts=12, share=6))
