@@ -74,12 +74,12 @@ COLORS = {4: "tab:green", 2: "tab:blue", 1: "tab:purple"}  # of stems
 
 def sizes(results: Path, recipe: str) -> bytes:
     """Test accuracy against parameters: a line for the networks of `recipe` in results.csv, a star
-    for those of each other recipe, and PUBLISHED.
+    for those of each other recipe and teacher of which there are several seeds, and PUBLISHED.
 
-    With several seeds, the mean and, as a bar, lowest and highest.
+    Of several seeds, the mean and, as a bar, lowest and highest.
     """
-    rows = pd.read_csv(results).dropna(subset="pruned_test")
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    rows = pd.read_csv(results).dropna(subset="pruned_test").fillna({"teacher": ""})
+    figure, axes = plt.subplots(figsize=(10.5, 5), layout="constrained")
     for parameters, accuracy, text, side in PUBLISHED:
         axes.plot(parameters, accuracy, "o", color="tab:gray")
         axes.annotate(
@@ -88,8 +88,10 @@ def sizes(results: Path, recipe: str) -> bytes:
             color="dimgray",
         )  # fmt: skip
     stars: list[tuple[float, int, str, str]] = []
-    for (name, stem), part in rows.groupby(["recipe", "stem"]):
+    for (name, stem, _), part in rows.groupby(["recipe", "stem", "teacher"]):
         color, seeds = COLORS[stem], part.seed.nunique()
+        if name != recipe and seeds == 1:
+            continue
         ours = 100 * part.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
         if name == recipe:
             dense = 100 * part.drop_duplicates("name").student_test

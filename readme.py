@@ -27,8 +27,7 @@ import train
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results.csv", HERE / "README.md"
-TEACHERS = " ".join(f"runs/dense-stem2-seed{seed}/student.pth" for seed in range(3))
-TEACHERS_SHORT = "runs/dense-stem2-seed?/student.pth"  # as a shell finds them
+THREE_SEEDS = re.compile(r"(\S+seed)0(\S*) (?:\1)1\2 (?:\1)2\2")
 SHIPPED = (HERE / "pruned_resnet18.pth", HERE / "pruned_resnet18-stem2.pth")
 
 
@@ -48,16 +47,16 @@ def row_of(weights: Path) -> dict[str, str]:
 
 def seeds_of(weights: Path) -> list[dict[str, str]]:
     """The rows of results.csv that differ from a weights file's by their seeds only."""
-    alike = ("recipe", "stem", "teacher", "student")
-    of = row_of(weights)
-    return [row for row in result_rows() if all(row[name] == of[name] for name in alike)]
+    flags = flags_of(row_of(weights))
+    return [row for row in result_rows() if flags_of(row) == flags]
 
 
 def flags_of(row: dict[str, str]) -> str:
-    """What train.py was given, but for the seed."""
+    """What train.py was given, but for the seed: as in a shell's loop, where that is `$seed`."""
+    row = row | {"student": row["student"].replace(f"seed{row['seed']}/", "seed$seed/")}
     defaults = {"recipe": "cpu", "stem": "4", "teacher": "", "student": ""}
     given = [f" --{name} {row[name]}" for name, default in defaults.items() if row[name] != default]
-    return "".join(given).replace(TEACHERS, TEACHERS_SHORT)
+    return THREE_SEEDS.sub(r"\1?\2", "".join(given))  # a shell finds all three
 
 
 def mean_and_spread(percent: list[float]) -> str:
@@ -149,7 +148,7 @@ def runs_table() -> list[str]:
             )
             for stage in train.STAGES
         ]
-        run = f"`train.py{flags_of(row)} --seed {row['seed']}`"
+        run = f"`train.py{flags_of(row)} --seed $seed`".replace("$seed", row["seed"])
         where = f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
         lines.append(f"| {run} | {' | '.join(figures)} | {where} |")
     return lines

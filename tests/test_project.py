@@ -52,6 +52,18 @@ def test_the_shipped_weights_reach_the_accuracy_in_the_results(path):
     assert f"{accuracy:.4f}" == readme.row_of(path)["pruned_test"]
 
 
+def test_commands_that_differ_by_their_seed_only_are_one_in_the_tables():
+    def flags(seed: str, teachers: str, student: str) -> str:
+        row = {"recipe": "finetune", "stem": "4", "teacher": teachers, "student": student}
+        return readme.flags_of(row | {"seed": seed})
+
+    three = " ".join(f"runs/long-seed{n}/a.pth" for n in range(3))
+    expected = " --recipe finetune --teacher runs/long-seed?/a.pth --student runs/x-seed$seed/a.pth"
+    assert {flags(n, three, f"runs/x-seed{n}/a.pth") for n in "012"} == {expected}
+    assert "long-seed0/a.pth runs/long-seed1" in flags("0", three.rpartition(" ")[0], "")
+    assert "x-seed1/" in flags("0", three, "runs/x-seed1/a.pth")
+
+
 def test_both_environments_list_the_same_dependencies():
     """Read with regular expressions: Python 3.10 has no TOML reader, and YAML is no dependency."""
     project = (ROOT / "pyproject.toml").read_text()
@@ -108,13 +120,11 @@ def readme_commands() -> list[tuple[str, list[str]]]:
     """(script, flags) of every command with a script of ours in the README."""
     text = (ROOT / "README.md").read_text()
     lines = re.findall(r"^(?:uv run|python|torchrun)\b.*", text, re.M)
-    lines += [
-        line.replace("$seed", "0") for line in re.findall(r"^for .*; do (.*); done$", text, re.M)
-    ]
+    lines += re.findall(r"^for .*; do (.*); done$", text, re.M)
     lines += re.findall(r"`((?:uv run|python) [^`]+\.py[^`]*|train\.py --[^`]+)`", text)
     commands = []
     for line in lines:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.replace("$seed", "0"), comments=True)
         (at,) = [i for i, word in enumerate(words) if word.endswith(".py") and words[i - 1] != "-w"]
         commands.append((words[at], words[at + 1 :]))
     return sorted({(script, tuple(flags)) for script, flags in commands})
@@ -135,10 +145,11 @@ def newcomers_folder(tmp_path, monkeypatch, wide, tiny_data, shipped_like):
             image.save(tmp_path / place / f"{i}.png")
     for weights in ROOT.glob("pruned_resnet18*.pth"):
         shutil.copy(weights, tmp_path)
-    for name in ("cpu-folder-seed0/pruned_resnet18", "dense-stem2-seed0/student"):
+    stem2 = [f"long-stem2-seed{seed}/pruned_resnet18" for seed in range(3)]
+    for name in ("cpu-folder-seed0/pruned_resnet18", "dense-stem2-seed0/student", *stem2):
         weights = tmp_path / "runs" / f"{name}.pth"
         weights.parent.mkdir(parents=True)
-        shutil.copy(shipped_like, weights)
+        shutil.copy(ROOT / "pruned_resnet18-stem2.pth" if name in stem2 else shipped_like, weights)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
