@@ -78,7 +78,7 @@ def sizes(results: Path, recipe: str) -> bytes:
 
     Of several seeds, the mean and, as a bar, lowest and highest.
     """
-    rows = pd.read_csv(results).dropna(subset="pruned_test").fillna({"teacher": ""})
+    rows = pd.read_csv(results).dropna(subset="pruned_test")
     figure, axes = plt.subplots(figsize=(10.5, 5), layout="constrained")
     for parameters, accuracy, text, side in PUBLISHED:
         axes.plot(parameters, accuracy, "o", color="tab:gray")
@@ -88,7 +88,7 @@ def sizes(results: Path, recipe: str) -> bytes:
             color="dimgray",
         )  # fmt: skip
     stars: list[tuple[float, int, str, str]] = []
-    for (name, stem, _), part in rows.groupby(["recipe", "stem", "teacher"]):
+    for (name, stem, _), part in rows.groupby(["recipe", "stem", "teacher"], dropna=False):
         color, seeds = COLORS[stem], part.seed.nunique()
         if name != recipe and seeds == 1:
             continue
