@@ -118,9 +118,9 @@ def test_no_file_needs_what_windows_lacks(monkeypatch):
 
 def readme_commands() -> list[tuple[str, list[str]]]:
     """(script, flags) of every command with a script of ours in the README."""
-    text = (ROOT / "README.md").read_text()
-    lines = re.findall(r"^(?:uv run|python|torchrun)\b.*", text, re.M)
-    lines += re.findall(r"^for .*; do (.*); done$", text, re.M)
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    loop, command = r"(?:for .*; do )?", r"(?:uv run|python|torchrun)\b.*?"
+    lines = re.findall(rf"^ *{loop}({command})(?:; done)?$", text, re.M)
     lines += re.findall(r"`((?:uv run|python) [^`]+\.py[^`]*|train\.py --[^`]+)`", text)
     commands = []
     for line in lines:
