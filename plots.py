@@ -58,15 +58,15 @@ def curves(metrics: Path) -> bytes:
 
 DENSE = {4: 11_181_642, 2: 11_173_962, 1: 11_173_962}  # parameters of a ResNet18, by its stem
 
-# Test accuracy, %, of others: parameters, accuracy, what it is and where the text goes.
+# Test accuracy, %, of others: parameters, accuracy, what it is, and where its text is, in points.
 PUBLISHED = (
-    (98_954, 94.31, "3-conv CNN, distilled\n(epoch chosen on test)", "left"),
-    (85_956, 93.51, "pruned ResNet14, distilled\n(median of 185)", "left"),
-    (296_000, 94.7, "CNN, random erasing", "right"),
-    (768_000, 95.4, "DenseNet-BC", "left"),
-    (8_900_000, 96.7, "WRN40-4", "left"),
-    (11_200_000, 94.9, "ResNet18", "right"),
-    (25_600_000, 94.3, "ResNet50 at 28x28,\nbest of several", "left"),
+    (98_954, 94.31, "3-conv CNN, distilled\n(epoch chosen on test)", (-20, 24)),
+    (85_956, 93.51, "pruned ResNet14, distilled\n(median of 185)", (-40, 16)),
+    (296_000, 94.7, "CNN, random erasing", (-6, 10)),
+    (768_000, 95.4, "DenseNet-BC", (-6, 0)),
+    (8_900_000, 96.7, "WRN40-4", (-6, 0)),
+    (11_200_000, 94.9, "ResNet18", (-6, 8)),
+    (25_600_000, 94.3, "ResNet50 at 28x28,\nbest of several", (6, -22)),
 )
 
 COLORS = {4: "tab:green", 2: "tab:blue", 1: "tab:purple"}  # of stems
@@ -79,51 +79,39 @@ def sizes(results: Path, recipe: str) -> bytes:
     Of several seeds, the mean and, as a bar, lowest and highest.
     """
     rows = pd.read_csv(results).dropna(subset="pruned_test")
-    figure, axes = plt.subplots(figsize=(10.5, 5), layout="constrained")
-    for parameters, accuracy, text, side in PUBLISHED:
-        axes.plot(parameters, accuracy, "o", color="tab:gray")
+    figure, axes = plt.subplots(figsize=(10.5, 6), layout="constrained")
+    for parameters, accuracy, text, place in PUBLISHED:
+        (others,) = axes.plot(
+            parameters, accuracy, "o", color="tab:gray", zorder=3, label="published by others"
+        )
         axes.annotate(
-            text, (parameters, accuracy), (6 if side == "right" else -6, 0), fontsize=8,
-            textcoords="offset points", ha="left" if side == "right" else "right", va="center",
-            color="dimgray",
+            text, (parameters, accuracy), place, fontsize=8, textcoords="offset points",
+            ha="right", va="center", color="dimgray",
+            arrowprops={"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5},
         )  # fmt: skip
-    stars: list[tuple[float, int, str, str]] = []
+    drawn = []
     for (name, stem, _), part in rows.groupby(["recipe", "stem", "teacher"], dropna=False):
-        color, seeds = COLORS[stem], part.seed.nunique()
-        if name != recipe and seeds == 1:
+        line, seeds = name == recipe, part.seed.nunique()
+        if not line and seeds == 1:
             continue
         ours = 100 * part.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
-        if name == recipe:
+        what = "one ladder of budgets" if line else f"{ours.index[0]:,} parameters"
+        best, several = ours["mean"].max(), f"{seeds} seed{'s' * (seeds > 1)}"
+        label = f"ours, {what}: {'up to ' * line}{best:.1f}% (stem {stem}, {name}, {several})"
+        if line:
             dense = 100 * part.drop_duplicates("name").student_test
             ours.loc[DENSE[stem]] = dense.mean(), dense.min(), dense.max()
-        line, several = name == recipe, f"{seeds} seed{'s' * (seeds > 1)}"
-        axes.errorbar(
+        drawn.append(axes.errorbar(
             ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
-            fmt="o-" if line else "*", markersize=6 if line else 12, color=color, capsize=3,
-        )  # fmt: skip
-        for parameters, accuracy in ours["mean"].items():
-            if line:
-                axes.annotate(f"{accuracy:.1f}", (parameters, accuracy), (4, -13), fontsize=8,
-                              textcoords="offset points", color=color)  # fmt: skip
-            else:
-                stars.append((accuracy, parameters, f"{accuracy:.1f} {name}, {several}", color))
-        if line:
-            label = f"this project: one ladder of budgets, stem {stem}, {several}"
-            axes.plot([], [], "o-", color=color, label=label)
-    lowest = 0.0
-    for accuracy, parameters, text, color in sorted(stars):  # texts not one over the other
-        lowest = max(accuracy, lowest + 0.2)
-        axes.annotate(text, (parameters, lowest), (9, -3), fontsize=8,
-                      textcoords="offset points", color=color)  # fmt: skip
-    for stem in sorted(rows.stem.unique(), reverse=True):
-        color, label = COLORS[stem], f"this project: pruned ResNet18, stem {stem}"
-        axes.plot([], [], "*", markersize=12, color=color, label=label)
-    axes.plot([], [], "o", color="tab:gray", label="published by others")
+            fmt="o-" if line else "*", markersize=5 if line else 12, color=COLORS[stem],
+            capsize=3 * (seeds > 1), label=label,
+        ))  # fmt: skip
+    drawn.sort(key=lambda bars: bars.get_label().split(": ")[1], reverse=True)  # the best first
+    axes.legend(handles=[*drawn, others], loc="lower right")
     _count_logarithmically(axes.set_xscale, axes.xaxis)
     axes.set_xlabel("parameters; the rightmost of ours is the dense student")
     axes.set_ylabel("test accuracy, %")
     axes.margins(y=0.1)
-    axes.legend(loc="lower right")
     axes.grid(alpha=0.3, which="both")
     return _png(figure)
 

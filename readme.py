@@ -139,19 +139,24 @@ def runs_table() -> list[str]:
     """Each run to 100,000 parameters on its own, validation / test."""
     lines = ["| run | teacher | student | **100,000 parameters** | |", "|---|---|---|---|---|"]
     for row in result_rows():
-        if row["recipe"] == "curve":
-            continue
-        figures = [
-            " / ".join(
-                f"{float(row[f'{stage}_{split}']):.2%}" if row[f"{stage}_{split}"] else "-"
-                for split in ("val", "test")
-            )
-            for stage in train.STAGES
-        ]
-        run = f"`train.py{flags_of(row)} --seed $seed`".replace("$seed", row["seed"])
-        where = f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
-        lines.append(f"| {run} | {' | '.join(figures)} | {where} |")
+        if row["recipe"] != "curve":
+            figures = " | ".join(val_and_test(row, stage) for stage in train.STAGES)
+            lines.append(f"| {run_of(row)} | {figures} | {where(row)} |")
     return lines
+
+
+def val_and_test(row: dict[str, str], stage: str) -> str:
+    figures = (row[f"{stage}_{split}"] for split in ("val", "test"))
+    return " / ".join(f"{float(figure):.2%}" if figure else "-" for figure in figures)
+
+
+def run_of(row: dict[str, str]) -> str:
+    """The command of one run."""
+    return f"`train.py{flags_of(row)} --seed $seed`".replace("$seed", row["seed"])
+
+
+def where(row: dict[str, str]) -> str:
+    return f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
 
 
 WAYS = {  # what bench.py calls it: the file, what it needs
@@ -230,24 +235,16 @@ def serving_table(measured: dict) -> list[str]:
 
 
 def sizes_table() -> list[str]:
-    """Accuracies of the networks of the recipe `curve`, means over its seeds, smallest first."""
-    sizes: dict[str, list[dict]] = {}
+    """The networks of each run of the recipe `curve`, smallest first, validation / test."""
+    runs: dict[str, list[dict[str, str]]] = {}
     for row in sorted(result_rows(), key=lambda row: int(row["parameters"])):
-        if row["recipe"] == "curve" and row["stem"] == "4":
-            sizes.setdefault(f"{int(row['parameters']):,}", []).append(row)
-    columns = [(size, "pruned", rows) for size, rows in sizes.items()]
-    columns.append(("dense", "student", columns[0][2]))
-    lines = [
-        "| parameters | " + " | ".join(size for size, _, _ in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for split in ("val", "test"):
-        means = [
-            statistics.mean(100 * float(row[f"{stage}_{split}"]) for row in rows)
-            for _, stage, rows in columns
-        ]
-        title = {"val": "validation", "test": "test"}[split]
-        lines.append(f"| {title} | " + " | ".join(f"{mean:.2f}%" for mean in means) + " |")
+        if row["recipe"] == "curve":
+            runs.setdefault(run_of(row), []).append(row)
+    sizes = [f"{budget:,}" for budget in sorted(train.RECIPES["curve"].budgets)]
+    lines = [f"| run | {' | '.join(sizes)} | dense | |", "|---|" + "---|" * len(sizes) + "---|---|"]
+    for run, rows in runs.items():
+        figures = [*(val_and_test(row, "pruned") for row in rows), val_and_test(rows[0], "student")]
+        lines.append(f"| {run} | {' | '.join(figures)} | {where(rows[0])} |")
     return lines
 
 
