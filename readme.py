@@ -97,12 +97,11 @@ def results_table(measured: dict) -> list[str]:
         )
         seeds = f"{len(rows)} seed{'s' * (len(rows) > 1)}"
         minutes = statistics.median(float(row["minutes"]) for row in rows)
-        where = rows[0]["device"]
         rates = f"{speed['multiply_adds'] / 1e6:.2f} M | {speed['1']:,.0f} | {speed['256']:,.0f}"
         size, command = path.stat().st_size / 1000, f"`train.py{flags_of(rows[0])}`"
         lines.append(
             f"| `{path.name}` | **{test}** ({seeds}) | {val} | {rates} "
-            f"| {size:,.0f} | {command}, {minutes:.0f} minutes on {where} |"
+            f"| {size:,.0f} | {command}, {minutes:.0f} minutes on {rows[0]['device']} |"
         )
     return lines
 
