@@ -101,13 +101,14 @@ def sizes(results: Path, recipe: str) -> bytes:
         if line:
             dense = 100 * part.drop_duplicates("name").student_test
             ours.loc[DENSE[stem]] = dense.mean(), dense.min(), dense.max()
-        drawn.append(axes.errorbar(
+        bars = axes.errorbar(
             ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
             fmt="o-" if line else "*", markersize=5 if line else 12, color=COLORS[stem],
             capsize=3 * (seeds > 1), label=label,
-        ))  # fmt: skip
-    drawn.sort(key=lambda bars: bars.get_label().split(": ")[1], reverse=True)  # the best first
-    axes.legend(handles=[*drawn, others], loc="lower right")
+        )  # fmt: skip
+        drawn.append((line, best, bars))
+    drawn.sort(key=lambda entry: entry[:2], reverse=True)  # lines, then stars, the best first
+    axes.legend(handles=[*(bars for _, _, bars in drawn), others], loc="lower right")
     _count_logarithmically(axes.set_xscale, axes.xaxis)
     axes.set_xlabel("parameters; the rightmost of ours is the dense student")
     axes.set_ylabel("test accuracy, %")
