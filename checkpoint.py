@@ -274,7 +274,7 @@ def rounded(model: nn.Module, bits: int) -> nn.Module:
     """A copy of `model` with its conv and linear weights as `levels` rounds them.
 
     But for the first layer's, which have 11 significant bits: it is small, and rounded like the
-    others it would do as much harm as these together (LOG.md).
+    others it would do as much harm as these together (docs/experiments.md).
     """
     model = copy.deepcopy(model)
     first, *others = (weight.detach() for weight in prune.weights(model).values())

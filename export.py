@@ -30,12 +30,11 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-import csource
 import data
 import models
 import prune
-import rewrite
 import shell
+from engine import c_source, rewrite
 
 TOLERANCE = 1e-4  # between PyTorch's logits and the export's, as a share of the largest
 NOISE = 1000  # random images to check with, where there are no others
@@ -203,7 +202,7 @@ def compiler() -> list[str] | None:
 
 
 class CLibrary:
-    """A C file of `csource.CSource`, compiled for this machine and loaded. Raises ExportError."""
+    """A C file of `c_source.CSource`, compiled for this machine and loaded. Raises ExportError."""
 
     def __init__(self, text: str, name: str, classes: int):
         self.classes = classes
@@ -235,9 +234,9 @@ class CLibrary:
         return logits
 
 
-def c_source(
+def c_file(
     model: nn.Module, meta: dict, name: str, bits: int, notes: list[str]
-) -> tuple[nn.Module, csource.CSource]:
+) -> tuple[nn.Module, c_source.CSource]:
     """(the network as the C file computes it, the C file's source)."""
     size, grey = meta["image_size"], meta["grey"]
     if bits < 32:  # rounded is what is used: dead taps and unused channels would set scales
@@ -245,7 +244,7 @@ def c_source(
         if grey:
             prune.fold_equal_channels_(model)
         model = checkpoint.rounded(model, bits)
-    return model, csource.CSource(model, size, grey, name, bits, meta.get("classes", ()), notes)
+    return model, c_source.CSource(model, size, grey, name, bits, meta.get("classes", ()), notes)
 
 
 def export_c(args: argparse.Namespace) -> None:
@@ -255,9 +254,9 @@ def export_c(args: argparse.Namespace) -> None:
     checkpoint.check_output(output, args.weights)
     model, meta, images_u8, labels, what = load(args)
     stock = models.infer(model, images_u8)
-    name = csource.identifier(output.stem)
+    name = c_source.identifier(output.stem)
     notes = [f"A {meta['arch']} of {meta['parameters']:,} parameters, written by export.py."]
-    network, source = c_source(model, meta, name, args.bits, notes)
+    network, source = c_file(model, meta, name, args.bits, notes)
     expected = stock if args.bits == 32 else models.infer(network, images_u8)
     if labels is not None:
         accuracy = models.accuracy(expected, labels)

@@ -3,7 +3,7 @@
 Imported before torch, which reads these variables once, when it is loaded. Waiting threads spin, by
 default for so long that on a machine with anything else to do they keep a core from the thread that
 they wait for: one busy process beside it made a training step 24 times as slow on two cores, and
-makes it twice as slow now (LOG.md). Who has set any of these variables is left alone.
+makes it twice as slow now (docs/experiments.md). Who has set any of these variables is left alone.
 """
 
 import os

@@ -27,8 +27,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 import models
-import plan
 import shell
+from engine import plan
 
 SHEET = 64  # images that --show shows
 
@@ -113,9 +113,9 @@ def choose_engine(
     ):
         if wrong:
             raise models.DeviceError(f"--engine sparse: {reason}")
-    import sparse  # and llvmlite
+    from engine import inference  # and llvmlite
 
-    return wanted, sparse.SparseResNet(model, size, grey)
+    return wanted, inference.SparseResNet(model, size, grey)
 
 
 def gather(paths: list[Path]) -> list[tuple[Path, list[Path]]]:
@@ -250,7 +250,7 @@ def write_predictions(
             done += len(ids)
             bar.update(len(ids))
     if args.show:
-        import plots  # matplotlib takes a second
+        from runlog import plots  # matplotlib takes a second
 
         images, titles = zip(*shown, strict=True)
         checkpoint.write(args.show, plots.sheet(torch.stack(images), titles))

@@ -31,15 +31,14 @@ from torch import Generator, nn
 
 import checkpoint
 import data
-import loop
+import distill
 import models
 import parallel
 import prune
-import record
-import report
 import shell
-from loop import Part, Recipe, Setup, Stage, Stop
-from record import Run, UsageError
+from distill import Part, Recipe, Setup, Stage, Stop
+from runlog import record, report
+from runlog.record import Run, UsageError
 
 # --- recipes ------------------------------------------------------------------------------------
 
@@ -99,7 +98,7 @@ RECIPES = {
         erased=0.5,
     ),
     # Accuracy against size: one ladder whose networks are all kept, one for each budget. After cuts
-    # so harsh AdamW recovers faster than SGD, which in longer rounds is as good or better (LOG.md).
+    # so harsh AdamW recovers faster than SGD, which in longer rounds is as good or better.
     "curve": Recipe(
         teacher=Stage(24),
         student=Stage(12, **_KD),
@@ -107,7 +106,7 @@ RECIPES = {
         budgets=(1_000_000, 500_000, 200_000, 100_000, 50_000, 20_000),
     ),
     # All stages on a part of the images: a look at the whole chain, not at its accuracy. Steps of
-    # networks of half the channels take a third of the time (LOG.md), which buys more of them. The
+    # networks of half the channels take a third of the time, which buys more of them. The
     # last cuts lose most, and an epoch costs least then, so that the last round is the longest. The
     # last network's answers are cheap: a ResNet50's would take half of a step.
     "quick": Recipe(
@@ -152,7 +151,7 @@ def prepare(
     device: torch.device,
     full_train: bool = False,
     flip: bool = True,
-) -> tuple[loop.Images, Setup]:
+) -> tuple[distill.Images, Setup]:
     """The images on the device, split into training and validation, or all for training."""
     (images_u8, labels), val = data.load_train(source, full_train)
     images_u8, labels = images_u8[: recipe.images].to(device), labels[: recipe.images].to(device)
@@ -162,7 +161,7 @@ def prepare(
         most = recipe.images // 5 if recipe.images else len(val[1])
         every = math.ceil(len(val[1]) / most)
         val = val[0][::every].to(device), val[1][::every].to(device)
-    images = loop.Images(images_u8, labels, len(source.classes), recipe, val, flip)
+    images = distill.Images(images_u8, labels, len(source.classes), recipe, val, flip)
     return images, Setup(device, models.bf16_pays(device), source.image_size, source.grey)
 
 
@@ -198,7 +197,12 @@ def teachers_of(run: Run, part: Part, parts: list[Part]) -> list[Path]:
 
 
 def train(
-    run: Run, parts: list[Part], images: loop.Images, setup: Setup, source: data.Source, stop: Stop
+    run: Run,
+    parts: list[Part],
+    images: distill.Images,
+    setup: Setup,
+    source: data.Source,
+    stop: Stop,
 ) -> None:
     """All parts that are not finished yet."""
     teachers, taught_by, before = [], [], next(iter(run.given("student")), None)
@@ -214,7 +218,7 @@ def train(
                 model, _ = checkpoint.load(before)
             else:
                 model = build(part.name, run.settings, images.classes)
-            model = loop.fit(
+            model = distill.fit(
                 part,
                 model,
                 teachers,
@@ -230,7 +234,9 @@ def train(
         before = path
 
 
-def keep(run: Run, part: Part, model: nn.Module, images: loop.Images, source: data.Source) -> None:
+def keep(
+    run: Run, part: Part, model: nn.Module, images: distill.Images, source: data.Source
+) -> None:
     """Write a finished network, with what is known of it."""
     val = None
     if images.val is not None:
@@ -254,7 +260,7 @@ def keep(run: Run, part: Part, model: nn.Module, images: loop.Images, source: da
     checkpoint.save(run.path(part), model, meta)
 
 
-def announce(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> None:
+def announce(run: Run, parts: list[Part], images: distill.Images, setup: Setup) -> None:
     """Device, recipe, epochs and, from a few measured steps, the expected time."""
     device, precision = models.device_name(setup.device), "bf16" if setup.bf16 else "fp32"
     parallel.say(f"device {device}, {precision}, run {run.folder}")
@@ -271,7 +277,7 @@ def announce(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> 
         done = {part: run.epochs_done(part) for part in ours}
         step, answer = seconds[stage]
         epochs = sum(part.stage.epochs - done[part] for part in ours)
-        asked = sum(loop.views(part.stage, done[part]) for part in ours)
+        asked = sum(distill.views(part.stage, done[part]) for part in ours)
         minutes = (epochs * step + asked * answer) * images.passes * images.steps / 60
         total += minutes
         listed = " + ".join(str(part.stage.epochs) for part in ours)
@@ -281,7 +287,7 @@ def announce(run: Run, parts: list[Part], images: loop.Images, setup: Setup) -> 
 
 
 def measure(
-    run: Run, parts: list[Part], images: loop.Images, setup: Setup
+    run: Run, parts: list[Part], images: distill.Images, setup: Setup
 ) -> dict[str, tuple[float, float]]:
     """Seconds that a training step, and the teacher's answer, take in each stage, on networks
     thrown away."""
@@ -293,19 +299,19 @@ def measure(
         return given or [build(stage, run.settings, classes)]
 
     teaches = "teacher" if run.given("teacher") or recipe["teacher"] else "student"
-    teacher = loop.Teacher([setup.frozen(network) for network in networks_of(teaches)])
+    teacher = distill.Teacher([setup.frozen(network) for network in networks_of(teaches)])
     for part in parts:
         if part.round > 1:
             continue
         stage = "teacher" if part.name == "teacher" else "student"
-        network = loop.Network(networks_of(stage)[0], part.stage, setup)
+        network = distill.Network(networks_of(stage)[0], part.stage, setup)
         if run.given(stage):  # what is zero already costs nothing
             network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         network.model.train()
         taught = part.name == "pruned" or (part.name, teaches) == ("student", "teacher")
         steps, answers = [], []
         batches = images.batches(Generator(setup.device).manual_seed(0))
-        enough = 2 * loop.Recorded.FIRST + 3 if setup.device.type == "cuda" else 5
+        enough = 2 * distill.Recorded.FIRST + 3 if setup.device.type == "cuda" else 5
         for _, (batch, targets) in zip(range(enough), batches, strict=False):
             began = time.perf_counter()
             logits = teacher.logits(batch) if taught else None
@@ -484,7 +490,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
             )
     elif recipe.student is None:
         raise UsageError(f"--recipe {args.recipe}: needs a network to go on from, --student FILE")
-    batch_size, _, _ = loop.lengths(len(labels[: recipe.images]), recipe)
+    batch_size, _, _ = distill.lengths(len(labels[: recipe.images]), recipe)
     if batch_size % parallel.processes():
         raise UsageError(
             f"{parallel.processes()} processes cannot share batches of {batch_size} equally"

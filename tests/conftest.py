@@ -18,10 +18,9 @@ import tiny as shrunk
 import checkpoint
 import data
 import models
-import plots
 import prune
-import record
 import train
+from runlog import plots, record
 
 META = {"arch": "resnet18", "num_classes": 10, "budget": 100_000, "classes": list(data.CLASSES)}
 

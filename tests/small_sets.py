@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
 
 import data
-import record
 import train
+from runlog import record
 
 Rng = np.random.Generator
 Images = Iterator[tuple[str, str, Image.Image]]  # split, class, image

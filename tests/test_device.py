@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import checkpoint
-import loop
+import distill
 import models
 import train
 
@@ -104,8 +104,8 @@ def far(monkeypatch):
     monkeypatch.setattr(models, "bf16_pays", lambda device: False)
     # Inference tensors cannot be views of others' values.
     monkeypatch.setattr(models, "infer", torch.no_grad()(models.infer.__wrapped__))
-    monkeypatch.setattr(loop.Setup, "autocast", lambda self: contextlib.nullcontext())
-    for module in (loop, train):
+    monkeypatch.setattr(distill.Setup, "autocast", lambda self: contextlib.nullcontext())
+    for module in (distill, train):
         monkeypatch.setattr(module, "Generator", FarGenerator)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # keeps FarTensor's type
     with Far():
@@ -130,7 +130,7 @@ def test_the_stand_in_tells_the_sides_apart(far):
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter")  # for which PyTorch takes FarTensor
 def test_the_whole_chain_on_another_device_than_the_cpu(far, tiny, tmp_path, monkeypatch, capsys):
     seen = []
-    step = loop.Network.step
+    step = distill.Network.step
 
     def spy(self, images, targets, teacher, rate):
         tensors = [*self.model.parameters(), *self.model.buffers(), images, targets]
@@ -141,7 +141,7 @@ def test_the_whole_chain_on_another_device_than_the_cpu(far, tiny, tmp_path, mon
 
     recipe = replace(shrunk.RECIPE, pruned=shrunk.RECIPE.pruned[:1], images=32)
     monkeypatch.setitem(train.RECIPES, "quick", recipe)
-    monkeypatch.setattr(loop.Network, "step", spy)
+    monkeypatch.setattr(distill.Network, "step", spy)
     assert train.main(tiny) == 130
     assert train.main(tiny) == 0
     assert set().union(*seen) == {FAR}

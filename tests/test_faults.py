@@ -12,13 +12,13 @@ import tiny as shrunk
 import torch
 
 import checkpoint
-import loop
-import record
+import distill
 import train
+from runlog import record
 
 
 def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monkeypatch, capsys):
-    folder, step, steps = tmp_path, loop.Network.step, []
+    folder, step, steps = tmp_path, distill.Network.step, []
     flags = [*tiny[:-1], str(shrunk.write_images(folder / "data"))]
     assert train.main(flags) == 0
     expected = faults.weights(folder)
@@ -33,7 +33,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monke
         return step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Network, "step", stopped)
+        patch.setattr(distill.Network, "step", stopped)
         assert train.main(flags) == 130
     assert "the same command goes on" in capsys.readouterr().err and len(steps) == 2
     assert train.main(flags) == 0
@@ -96,7 +96,7 @@ def test_a_folder_that_vanishes_ends_with_one_line(tiny, tmp_path, monkeypatch, 
 
 
 def test_a_collapsed_network_is_called_out(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "validate", lambda *args: 0.1)
+    monkeypatch.setattr(distill, "validate", lambda *args: 0.1)
     assert train.main(tiny) == 0
     collapsed = "has collapsed" in capsys.readouterr().err
     meta = checkpoint.load(tmp_path / "runs" / "quick-seed0" / "pruned_resnet18.pth")[1]

@@ -6,13 +6,13 @@ from PIL import Image
 
 import checkpoint
 import models
-import readme
+from bench import tables
 
 
-@pytest.mark.parametrize("path", readme.SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", tables.SHIPPED, ids=lambda path: path.stem)
 def test_the_shipped_network_comes_with_all_it_needs(path):
     name = path.stem.replace("-", "_")
-    model = torch.hub.load(str(readme.HERE), name, source="local", verbose=False)
+    model = torch.hub.load(str(tables.ROOT), name, source="local", verbose=False)
     expected, meta = checkpoint.load(path)
     assert not model.training and list(model.classes) == meta["classes"] and model.image_size == 28
     images = torch.randint(256, (5, 28, 28), dtype=torch.uint8)
@@ -29,7 +29,7 @@ def test_the_shipped_network_comes_with_all_it_needs(path):
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
 def test_dense_architectures(arch):
     model = torch.hub.load(
-        str(readme.HERE), arch, source="local", num_classes=3, stem=2, verbose=False
+        str(tables.ROOT), arch, source="local", num_classes=3, stem=2, verbose=False
     )
     assert not model.training and model.fc.out_features == 3
     assert model.conv1.kernel_size == (3, 3)

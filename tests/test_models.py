@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import models
-import plots
+from runlog import plots
 
 
 def test_normalize_gives_three_equal_channels_from_minus_one_to_one():

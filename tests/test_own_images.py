@@ -15,7 +15,7 @@ from PIL import Image
 
 import checkpoint
 import data
-import loop
+import distill
 import models
 import predict
 import train
@@ -189,9 +189,9 @@ def test_only_images_that_stay_of_their_class_are_mirrored(tiny, folder):
 
 def test_without_flip_no_image_is_mirrored():
     images_u8 = torch.arange(28, dtype=torch.uint8).expand(100, 28, 28).contiguous()
-    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=50)
+    recipe = distill.Recipe(distill.Stage(1), distill.Stage(1), (), batch_size=50)
     for flip in (True, False):
-        images = loop.Images(images_u8, torch.zeros(100).long(), 2, recipe, flip=flip)
+        images = distill.Images(images_u8, torch.zeros(100).long(), 2, recipe, flip=flip)
         batch, _ = next(iter(images.batches(torch.Generator().manual_seed(0))))
         mirrored = (batch[:, 0, 14, 0] > batch[:, 0, 14, -1]).sum()
         assert 10 < mirrored < 40 if flip else mirrored == 0

@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing as mp
 
 import checkpoint
-import loop
+import distill
 import parallel
 import train
 
@@ -46,7 +46,7 @@ def first_losses(text):
 def test_two_processes_follow_one_and_go_on_where_one_was_stopped(tiny, tmp_path, monkeypatch):
     flags = [*tiny[:-1], str(shrunk.write_images(tmp_path / "data"))]
     first, steps = [], []
-    result, step = loop.Progress.result, loop.Network.step
+    result, step = distill.Progress.result, distill.Network.step
 
     def telling(self):
         losses, accuracy = result(self)
@@ -60,10 +60,10 @@ def test_two_processes_follow_one_and_go_on_where_one_was_stopped(tiny, tmp_path
         return step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Progress, "result", telling)
+        patch.setattr(distill.Progress, "result", telling)
         assert train.main([*flags, "--name", "alone"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Network, "step", stopped)
+        patch.setattr(distill.Network, "step", stopped)
         assert train.main(flags) == 130
     ended = torchrun(tmp_path, 2, LOSSES="1")
     assert ended.returncode == 0, ended.stderr

@@ -16,7 +16,7 @@ import checkpoint
 import data
 import models
 import predict
-import readme
+from bench import tables
 
 SCRIPT = Path(predict.__file__)
 
@@ -262,6 +262,6 @@ def test_a_start_imports_nothing_that_is_not_used():
     heavy = ["pandas", "matplotlib", "llvmlite", "torch._dynamo", "sympy", "torchmetrics"]
     code = f"import sys, predict; print([name for name in {heavy} if name in sys.modules])"
     started = subprocess.run(
-        [sys.executable, "-c", code], cwd=readme.HERE, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=tables.ROOT, capture_output=True, text=True
     )
     assert started.stdout == "[]\n", started.stderr

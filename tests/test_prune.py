@@ -6,7 +6,7 @@ import torchinfo
 
 import models
 import prune
-import rewrite
+from engine import rewrite
 
 SIZE = 28
 

@@ -8,14 +8,13 @@ import torch
 
 import checkpoint
 import data
-import loop
+import distill
 import models
-import plots
 import predict
 import prune
-import record
-import rewrite
 import train
+from engine import rewrite
+from runlog import plots, record
 
 
 def read_rows(path):
@@ -45,7 +44,7 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     assert cuts == sorted(cuts, reverse=True) and cuts[0] < 4_228_570
     assert all(len(part.cuts) == part.stage.cuts <= part.stage.epochs for part in parts)
     assert parts[-1].stage.cuts < parts[-1].stage.epochs
-    assert all(part.stage.cuts <= (1 - loop.PLAIN) * part.stage.epochs for part in parts)
+    assert all(part.stage.cuts <= (1 - distill.PLAIN) * part.stage.epochs for part in parts)
     ends = [part.cuts[-1] for part in pruned]
     assert ends == list(recipe.budgets) if recipe.budgets else ends[-1] == 100_000
 
@@ -69,7 +68,11 @@ def test_a_plan_does_not_depend_on_random_weights(wide, monkeypatch):
 
 def test_a_round_goes_its_share_of_the_way_in_as_many_cuts_as_it_likes():
     quick = train.RECIPES["quick"]
-    rounds = (loop.Stage(4, cuts=3), loop.Stage(6, cuts=4), loop.Stage(32, cuts=12, share=6))
+    rounds = (
+        distill.Stage(4, cuts=3),
+        distill.Stage(6, cuts=4),
+        distill.Stage(32, cuts=12, share=6),
+    )
     cuts = [part.cuts for part in train.plan(replace(quick, pruned=rounds), 10**7, 10**5)[2:]]
     assert [len(steps) for steps in cuts] == [3, 4, 12]
     for steps, way in zip(cuts, (3, 7, 13), strict=True):
@@ -157,7 +160,7 @@ def test_same_seed_same_weights_stopped_or_not(tiny, folder, monkeypatch, capsys
     assert train.main(tiny) == 0
     expected, rows = weights_of(folder), read_rows(folder / "metrics.csv")
     folder.rename(folder.with_name("reference"))
-    step, keep = loop.Network.step, train.keep
+    step, keep = distill.Network.step, train.keep
     steps, kept = [], []
 
     def step_or_stop(self, *args, **kwargs):
@@ -176,7 +179,7 @@ def test_same_seed_same_weights_stopped_or_not(tiny, folder, monkeypatch, capsys
         steps.clear()  # in the place of the time measurement, whose steps are left out
 
     monkeypatch.setattr(train, "announce", begin)
-    monkeypatch.setattr(loop.Network, "step", step_or_stop)
+    monkeypatch.setattr(distill.Network, "step", step_or_stop)
     monkeypatch.setattr(train, "keep", keep_or_stop)
     codes = []
     while not codes or codes[-1] == 130:
@@ -243,13 +246,13 @@ def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
     monkeypatch.setitem(train.RECIPES, "self", recipe)
     monkeypatch.setattr(train, "measure", shrunk.MEASURE)
     taught = []
-    fit = loop.fit
+    fit = distill.fit
 
     def watched(part, model, teacher, *args, **options):
         taught.append((part.name, teacher))
         return fit(part, model, teacher, *args, **options)
 
-    monkeypatch.setattr(loop, "fit", watched)
+    monkeypatch.setattr(distill, "fit", watched)
     assert train.main([*tiny[1:], "--recipe", "self"]) == 0
     folder = tmp_path / "runs" / "self-seed0"
     assert not (folder / "teacher.pth").exists()
@@ -278,13 +281,13 @@ def test_networks_that_are_only_dense_teach_together(tiny, tmp_path, monkeypatch
     files = [str(tmp_path / "runs" / f"dense-stem2-seed{seed}" / "student.pth") for seed in (0, 1)]
     monkeypatch.setitem(train.RECIPES, "long", shrunk.RECIPE)
     taught = []
-    fit = loop.fit
+    fit = distill.fit
 
     def watched(part, model, teachers, *args, **options):
         taught.append([id(teacher) for teacher in teachers])
         return fit(part, model, teachers, *args, **options)
 
-    monkeypatch.setattr(loop, "fit", watched)
+    monkeypatch.setattr(distill, "fit", watched)
     monkeypatch.setattr(record, "HERE", tmp_path)
     assert train.main([*tiny[1:], "--recipe", "long", "--teacher", *files]) == 0
     assert len(taught) == 3 and len(taught[0]) == 2 and taught[0] == taught[1] == taught[2]
@@ -523,13 +526,13 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tiny, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
     tiny, folder, monkeypatch, capsys
 ):
-    step = loop.Network.step
+    step = distill.Network.step
 
     def explode(self, images, targets, teacher, rate):
         loss, logits = step(self, images, targets, teacher, rate)
         return (loss * torch.nan if teacher is not None and rate else loss), logits
 
-    monkeypatch.setattr(loop.Network, "step", explode)
+    monkeypatch.setattr(distill.Network, "step", explode)
     assert train.main(tiny) == 1
     assert "stage student, epoch 1, step 1: the loss is nan" in capsys.readouterr().err
     assert (folder / "teacher.pth").exists() and not (folder / "student.pth").exists()

@@ -23,11 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # isort: skip  (first: it imports less of torchvision)
 import data
-import loop
-import plots
+import distill
 import prune
-import record
 import train
+from runlog import plots, record
 
 resnet = models.torchvision.models.resnet
 IDX = {
@@ -39,10 +38,10 @@ IDX = {
 VALIDATION = 40
 _kd = {"kd_weight": 0.9, "temperature": 4.0}
 _sgd = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
-RECIPE = loop.Recipe(
-    teacher=loop.Stage(1, learning_rate=1e-3),
-    student=loop.Stage(1, **_sgd, **_kd),
-    pruned=2 * (loop.Stage(2, **_sgd, **_kd, cuts=1),),
+RECIPE = distill.Recipe(
+    teacher=distill.Stage(1, learning_rate=1e-3),
+    student=distill.Stage(1, **_sgd, **_kd),
+    pruned=2 * (distill.Stage(2, **_sgd, **_kd, cuts=1),),
     images=64,
     batch_size=16,
     least_steps=1,
@@ -122,7 +121,7 @@ def _signal_at(moment: str, number: int) -> None:
     """Send this process a signal at the n-th "step", "write" or "rename"."""
     kind, n = moment.split()
     owner, name = {
-        "step": (loop.Network, "step"),
+        "step": (distill.Network, "step"),
         "write": (os, "fsync"),
         "rename": (Path, "replace"),
     }[kind]
@@ -138,7 +137,7 @@ def _signal_at(moment: str, number: int) -> None:
 
 
 def _counted(fit):
-    """loop.fit that says, in every process, how many parameters it left."""
+    """distill.fit that says, in every process, how many parameters it left."""
 
     def counted(part, *args, **options):
         model = fit(part, *args, **options)
@@ -150,7 +149,7 @@ def _counted(fit):
 
 
 def _telling(result):
-    """loop.Progress.result that says the first losses, in every process."""
+    """distill.Progress.result that says the first losses, in every process."""
 
     def telling(self):
         losses, accuracy = result(self)
@@ -169,9 +168,9 @@ def main() -> int:
     measure_nothing(pytest.MonkeyPatch())
     draw_nothing(pytest.MonkeyPatch())
     if "RANK" in os.environ:  # under torchrun
-        loop.fit = _counted(loop.fit)
+        distill.fit = _counted(distill.fit)
     if "LOSSES" in os.environ:
-        loop.Progress.result = _telling(loop.Progress.result)
+        distill.Progress.result = _telling(distill.Progress.result)
     for name, number in (("DIE", signal.SIGKILL), ("STOP", signal.SIGTERM)):
         if moment := os.environ.get(name):
             _signal_at(moment, number)

@@ -17,10 +17,10 @@ import filelock
 
 import checkpoint
 import parallel
-from loop import Part
+from distill import Part
 
 STATE, STATE_BEFORE = "state.pt", "state-before.pt"
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent  # the project
 RUNS = HERE / "runs"
 RESULTS = RUNS / "results.csv"
 

@@ -1,4 +1,4 @@
-"""A network as one file of C99 that needs nothing else: what `plan.py` computes, written as C.
+"""A network as one file of C99 that needs nothing else: what plan.py computes, written as C.
 
     text = CSource(model, image_size=28, grey=True, name="pruned_resnet18").text()
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from plan import Map, Plan, Pool, Product
+from engine.plan import Map, Plan, Pool, Product
 
 POSITIONS = 16  # of a map that are summed up together: a vector, which a compiler may split
 SUMS = 6  # vectors at a time, about what registers can hold

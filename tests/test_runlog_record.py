@@ -3,7 +3,7 @@ import subprocess
 
 import pytest
 
-import record
+from runlog import record
 
 SETTINGS = {"seed": 0, "budget": 100_000, "teacher": {"t.pth": "1"}}
 MACHINE = {"threads": 2}, True  # and whether in bf16

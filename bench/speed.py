@@ -1,7 +1,7 @@
 """Every speed figure of the README, measured side by side on this machine.
 
-    uv run --group bench bench.py                   # 6 minutes on 2 cores
-    uv run --group bench bench.py --only predict    # 2 minutes
+    uv run --group bench -m bench.speed                   # 6 minutes on 2 cores
+    uv run --group bench -m bench.speed --only predict    # 2 minutes
 
 Prints a table for each part and ends with one line of JSON. What is compared runs in turns, so that
 a machine that slows down slows down all; shown are medians, and the JSON holds the spread as well.
@@ -33,17 +33,16 @@ from torchvision.transforms import v2
 
 import checkpoint
 import data
+import distill
 import export
-import loop
 import models
 import prune
-import record
-import rewrite
 import shell
-import sparse
 import train
+from engine import inference, rewrite
+from runlog import record
 
-WEIGHTS = Path(__file__).resolve().parent / "pruned_resnet18.pth"
+WEIGHTS = Path(__file__).resolve().parent.parent / "pruned_resnet18.pth"
 SHIPPED = sorted(WEIGHTS.parent.glob("pruned_resnet18*.pth"))
 BATCHES = (1, 32, 256, 1024)
 WAY_BATCHES = (1, 256)
@@ -102,7 +101,7 @@ def engines(model: nn.Module, device: torch.device, example: Tensor) -> dict[str
     }
     if device.type != "cpu":
         return made
-    made["sparse"] = sparse.SparseResNet(model, example.shape[-1])
+    made["sparse"] = inference.SparseResNet(model, example.shape[-1])
     threads = torch.get_num_threads()
     try:
         import onnxruntime
@@ -183,7 +182,7 @@ def ways(weights: Path, source: data.Source) -> Figures:
     def normalized(engine: Callable) -> Callable:
         return lambda images_u8: engine(models.normalize(images_u8).contiguous())
 
-    engine = sparse.SparseResNet(model, size)
+    engine = inference.SparseResNet(model, size)
     results.add([weights.stat().st_size], "sparse", "bytes")
     engines["sparse"] = normalized(engine)
     with tempfile.TemporaryDirectory() as scratch:
@@ -191,10 +190,10 @@ def ways(weights: Path, source: data.Source) -> Figures:
             path, name = Path(scratch) / "bits.pth", f"{bits} bits"
             checkpoint.save(path, model, meta, bits)
             results.add([path.stat().st_size], name, "bytes")
-            engines[name] = normalized(sparse.SparseResNet(checkpoint.load(path)[0], size))
+            engines[name] = normalized(inference.SparseResNet(checkpoint.load(path)[0], size))
     for bits in (32, 8) if export.compiler() else ():
         name = f"c {bits} bits"
-        _, written = export.c_source(model, meta, "net", bits, [])
+        _, written = export.c_file(model, meta, "net", bits, [])
         results.add([written.table_bytes], name, "bytes")
         engines[name] = export.CLibrary(written.text(), "net", meta["num_classes"])
     try:
@@ -252,11 +251,11 @@ def serving(engine: Callable, images: Tensor, results: Figures) -> None:
 
 
 def shipped() -> Figures:
-    """Multiply-adds, and images per second of `sparse.py`, of the weights in this repository."""
+    """Multiply-adds, and images per second of `engine`, of the weights in this repository."""
     results, engines = Figures(), {}
     for path in SHIPPED:
         model, meta = checkpoint.load(path)
-        engines[path.name] = sparse.SparseResNet(model, meta["image_size"])
+        engines[path.name] = inference.SparseResNet(model, meta["image_size"])
         results.add([engines[path.name].many.multiply_adds], path.name, "multiply_adds")
     images = torch.randn(max(WAY_BATCHES), 3, 28, 28)
     images[:, 1:] = images[:, :1]
@@ -289,15 +288,15 @@ def training(source: data.Source, device: torch.device) -> Figures:
 
     plain_teacher = models.build("resnet50", images.classes).to(device).eval()
     teacher = setup.frozen(plain_teacher)
-    network = loop.Network(models.build("resnet18", images.classes), stage, setup)
+    network = distill.Network(models.build("resnet18", images.classes), stage, setup)
     network.cut(100_000, [])
-    bare = loop.Network(models.build("resnet18", images.classes), stage, setup)
+    bare = distill.Network(models.build("resnet18", images.classes), stage, setup)
     fixed, targets = next(iter(batches()))
 
     def ours() -> None:
-        progress = loop.Progress(images.steps, images.classes, device)
-        answers = loop.Teacher([teacher])
-        loop.train_epoch(network, batches(), answers, rates, progress, loop.Stop())
+        progress = distill.Progress(images.steps, images.classes, device)
+        answers = distill.Teacher([teacher])
+        distill.train_epoch(network, batches(), answers, rates, progress, distill.Stop())
 
     def only_networks() -> None:
         for _ in rates:
@@ -335,7 +334,7 @@ class UsualLoop:
     networks in fp32, masks from torch.nn.utils.prune, metrics read at each step."""
 
     def __init__(
-        self, images: loop.Images, stage: loop.Stage, device: torch.device, teacher: nn.Module
+        self, images: distill.Images, stage: distill.Stage, device: torch.device, teacher: nn.Module
     ):
         recipe = images.recipe
         self.device, self.stage, self.teacher = device, stage, teacher
@@ -382,10 +381,10 @@ class UsualLoop:
                 teacher_logits = self.teacher(images)
             logits = self.model(images)
             kd = self.stage.kd_weight, self.stage.temperature
-            loss = loop.distillation_loss(logits, teacher_logits, targets, *kd)
+            loss = distill.distillation_loss(logits, teacher_logits, targets, *kd)
             self.optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), loop.CLIP)
+            nn.utils.clip_grad_norm_(self.model.parameters(), distill.CLIP)
             self.optimizer.step()
             loss.item(), self.accuracy(logits, labels).item()
 
@@ -460,8 +459,9 @@ def start(weights: Path, source: data.Source) -> Figures:
     with tempfile.TemporaryDirectory() as scratch:
         output = str(Path(scratch) / "out.csv")
         first = (
-            f"import torch, checkpoint, sparse; model, _ = checkpoint.load({str(weights)!r}); "
-            "sparse.SparseResNet(model, 28)(torch.zeros(1, 3, 28, 28))"
+            "import torch, checkpoint; from engine import inference; "
+            f"model, _ = checkpoint.load({str(weights)!r}); "
+            "inference.SparseResNet(model, 28)(torch.zeros(1, 3, 28, 28))"
         )
         flags = ["-w", str(weights), "--data", str(source.path), "-o", output]
         commands = {
@@ -490,7 +490,7 @@ def shared() -> Figures:
     """Milliseconds of a training step and of dense inference, alone and beside one busy process,
     with our waiting policy (openmp.py) and with OpenMP's own."""
     others = {name: value for name, value in os.environ.items() if name not in openmp.NAMES}
-    child = [sys.executable, "-c", "import bench; bench.steps()"]
+    child = [sys.executable, "-c", "from bench import speed; speed.steps()"]
     busy = [sys.executable, "-c", "while True: pass"]
     results = Figures()
     print(f"\n{'ms':36}{'step':>9}{'batch 1':>9}{'batch 256':>11}")
@@ -518,8 +518,8 @@ def shared() -> Figures:
 
 def steps() -> None:
     """Print milliseconds of single steps and forward passes of a ResNet18, at most 15 s of each."""
-    setup = loop.Setup(torch.device("cpu"), models.bf16_pays(torch.device("cpu")), 28, True)
-    network = loop.Network(models.build("resnet18", 10), loop.Stage(1), setup)
+    setup = distill.Setup(torch.device("cpu"), models.bf16_pays(torch.device("cpu")), 28, True)
+    network = distill.Network(models.build("resnet18", 10), distill.Stage(1), setup)
     network.model.train()
     model = models.build("resnet18", 10).eval()
     images = models.normalize(torch.randint(256, (256, 28, 28), dtype=torch.uint8))
@@ -570,7 +570,7 @@ def main(argv: list[str] | None = None) -> int:
             "shared": shared,
         }[args.only]()
     except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+        print(f"bench/speed.py: {error}", file=sys.stderr)
         return 2
     machine = {"device": models.device_name(device), "threads": torch.get_num_threads()}
     figures = {args.only: part.medians, "ranges": {args.only: part.ranges}}
@@ -583,7 +583,7 @@ def all_parts(flags: list[str]) -> int:
     of JSON for all."""
     together: dict = {}
     for part in PARTS:
-        command = [sys.executable, __file__, *flags, "--only", part]
+        command = [sys.executable, "-m", "bench.speed", *flags, "--only", part]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 if not line.startswith("{"):

@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 import torch
 
-import plots
+from runlog import plots
 
 
 @pytest.fixture

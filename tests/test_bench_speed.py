@@ -1,16 +1,16 @@
-"""bench.py with short rounds: that it measures what it says, not how fast it is."""
+"""bench/speed.py with short rounds: that it measures what it says, not how fast it is."""
 
 import json
 import sys
 
 import pytest
 
-import bench
 import export
 import train
+from bench import speed
 
 SLOW = ("predict", "shared", "start", "train", "ways")  # a minute together
-MARKED = [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in bench.PARTS]
+MARKED = [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in speed.PARTS]
 
 
 @pytest.mark.parametrize("part", MARKED)
@@ -19,14 +19,14 @@ def test_the_last_line_is_json_with_a_figure_for_each(
 ):
     monkeypatch.setitem(train.RECIPES, "cpu", train.RECIPES["quick"])
     monkeypatch.setitem(sys.modules, "openvino", None)  # tests that train come after this one
-    monkeypatch.setattr(bench, "BATCHES", (1, 5))
-    monkeypatch.setattr(bench, "WAY_BATCHES", (1, 5))
-    monkeypatch.setattr(bench, "SHIPPED", [shipped_like])
-    monkeypatch.setattr(bench, "BITS", (32, 16, 4))
-    monkeypatch.setattr(bench, "ROUNDS", 2)
-    monkeypatch.setattr(bench, "SECONDS", 0)
+    monkeypatch.setattr(speed, "BATCHES", (1, 5))
+    monkeypatch.setattr(speed, "WAY_BATCHES", (1, 5))
+    monkeypatch.setattr(speed, "SHIPPED", [shipped_like])
+    monkeypatch.setattr(speed, "BITS", (32, 16, 4))
+    monkeypatch.setattr(speed, "ROUNDS", 2)
+    monkeypatch.setattr(speed, "SECONDS", 0)
     flags = ["--only", part, "-w", str(shipped_like), "--data", str(tiny_data), "--device", "cpu"]
-    assert bench.main(flags) == 0
+    assert speed.main(flags) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     if part == "predict":
         for engine in ("dense_fp32", "dense_bf16", "sparse"):

@@ -1,7 +1,6 @@
 import pytest
 
-import record
-import report
+from runlog import record, report
 
 
 def shown(tmp_path, student, pruned, **settings):

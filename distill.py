@@ -24,11 +24,9 @@ from tqdm import tqdm
 import augment
 import models
 import parallel
-import plan
 import prune
-import rewrite
-import sparsegrad
-from sparse import SparseResNet
+from engine import plan, rewrite, training
+from engine.inference import SparseResNet
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 PLAIN = 0.25  # share of the epochs, the last: whole images, mirrored at random, but not mixed
@@ -298,7 +296,7 @@ class Network:
         )
         self.masks: prune.Masks | None = None
         self._recorded = Recorded(self._step)
-        self.sparse: sparsegrad.SparseForward | None = None  # without the zeros, if faster
+        self.sparse: training.SparseForward | None = None  # without the zeros, if faster
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[stage.optimizer]
         sgd, cuda = stage.optimizer == "sgd", setup.device.type == "cuda"
         extra = {"momentum": 0.9, "nesterov": True} if sgd else {"capturable": cuda}
@@ -324,7 +322,7 @@ class Network:
         prune.apply_(self.model, masks)
         prune.apply_(self.average.module, masks)
         if changed and parallel.processes() == 1:
-            self.sparse = sparsegrad.pays(self.model, self.setup.image_size, self.setup.bf16)
+            self.sparse = training.pays(self.model, self.setup.image_size, self.setup.bf16)
 
     def cut(self, budget: int, images: Iterable[Tensor]) -> None:
         """Prune to `budget`, refresh BatchNorm's statistics on `images`, restart the average."""

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
-import loop
+import distill
 import models
-import plots
 import prune
-import record
-from record import Run
+from runlog import plots, record
+from runlog.record import Run
 
 TOO_MUCH = 0.02  # accuracy that pruning may cost before the table is followed by a warning
 
@@ -28,9 +27,9 @@ Labelled = tuple[Tensor, Tensor]  # images, labels
 
 def finish(
     run: Run,
-    parts: list[loop.Part],
-    images: loop.Images,
-    setup: loop.Setup,
+    parts: list[distill.Part],
+    images: distill.Images,
+    setup: distill.Setup,
     source: data.Source,
 ) -> None:
     """Read the files that the run wrote, measure test, and write all that is left of the run."""

@@ -7,14 +7,12 @@ import pytest
 import torch
 
 import checkpoint
-import llvmsource
 import models
-import plan
 import prune
-import readme
-import sparse
+from bench import tables
+from engine import inference, llvm_source, plan
 
-WEIGHTS = readme.SHIPPED[0]
+WEIGHTS = tables.SHIPPED[0]
 
 
 def images(n, size=28, grey=True):
@@ -39,21 +37,21 @@ def prune_to(model, budget, size=28):
 @pytest.mark.parametrize("n", [1, 5, 12, 13, 33, 250])
 def test_the_shipped_network_in_batches_of_all_sizes(n):
     model, _ = checkpoint.load(WEIGHTS)
-    assert differs(sparse.SparseResNet(model, 28), model, images(n)) < 1e-4
+    assert differs(inference.SparseResNet(model, 28), model, images(n)) < 1e-4
 
 
 @pytest.mark.parametrize("budget", [10_970, 1_000_000])
 def test_budgets_down_to_the_floors(budget, resnet18):
-    engine = sparse.SparseResNet(prune_to(resnet18, budget), 28)
+    engine = inference.SparseResNet(prune_to(resnet18, budget), 28)
     assert differs(engine, resnet18, images(20)) < 1e-4
 
 
 def test_dense_weights_other_sizes_colour_and_resnet50(narrow_resnet18):
     for size, grey in ((28, True), (32, False), (40, False)):
-        engine = sparse.SparseResNet(narrow_resnet18, size, grey)
+        engine = inference.SparseResNet(narrow_resnet18, size, grey)
         assert differs(engine, narrow_resnet18.eval(), images(17, size, grey)) < 1e-4
     model = models.build("resnet50", 3).eval()
-    engine = sparse.SparseResNet(model, 32, grey=False)
+    engine = inference.SparseResNet(model, 32, grey=False)
     assert differs(engine, model, images(17, 32, grey=False)) < 1e-4
 
 
@@ -61,7 +59,7 @@ def test_dense_weights_other_sizes_colour_and_resnet50(narrow_resnet18):
 def test_stems_of_smaller_stride(stem, narrow):
     torch.manual_seed(0)
     model = prune_to(models.build("resnet18", 10, stem=stem), 50_000)
-    engine = sparse.SparseResNet(model, 28)
+    engine = inference.SparseResNet(model, 28)
     assert differs(engine, model, images(20)) < 1e-4
 
 
@@ -73,31 +71,31 @@ def test_dead_channels_and_empty_layers(narrow_resnet18):
         resnet18.layer2[0].downsample[0].weight.zero_()
         resnet18.layer4[1].conv2.weight[:, 7] = 0
         resnet18.fc.weight[3] = 0
-    engine = sparse.SparseResNet(resnet18, 28)
+    engine = inference.SparseResNet(resnet18, 28)
     assert differs(engine, resnet18.eval(), images(20)) < 1e-4
 
 
 def test_narrow_vectors_and_few_registers_compute_the_same(narrow_resnet18, monkeypatch):
     model = prune_to(narrow_resnet18, 50_000)
     for lanes, registers in ((8, 16), (4, 32), (4, 16)):
-        monkeypatch.setattr(llvmsource, "host", lambda host=(lanes, registers): host)
-        engine = sparse.SparseResNet(model, 28)
+        monkeypatch.setattr(llvm_source, "host", lambda host=(lanes, registers): host)
+        engine = inference.SparseResNet(model, 28)
         assert differs(engine, model, images(21)) < 1e-4
 
 
 def test_networks_of_one_shape_share_their_code(resnet18, pruned, monkeypatch):
-    engine, batch = sparse.SparseResNet(prune_to(resnet18, 90_000), 28), images(20)
+    engine, batch = inference.SparseResNet(prune_to(resnet18, 90_000), 28), images(20)
     before = engine(batch)
     engine(batch[:2])  # the other kind of code
-    monkeypatch.setattr(llvmsource, "Compiled", None)
-    assert differs(sparse.SparseResNet(pruned, 28), pruned, batch[:18]) < 1e-4
+    monkeypatch.setattr(llvm_source, "Compiled", None)
+    assert differs(inference.SparseResNet(pruned, 28), pruned, batch[:18]) < 1e-4
     assert torch.equal(engine(batch), before)
     with pytest.raises(TypeError):  # another shape
-        sparse.SparseResNet(pruned, 27)(batch[:, :, 1:, 1:])
+        inference.SparseResNet(pruned, 27)(batch[:, :, 1:, 1:])
 
 
 def test_any_layout_of_images_and_none_at_all():
-    engine = sparse.SparseResNet(checkpoint.load(WEIGHTS)[0], 28, grey=False)
+    engine = inference.SparseResNet(checkpoint.load(WEIGHTS)[0], 28, grey=False)
     x = images(19, grey=False).contiguous()
     expected = engine(x)
     assert torch.equal(engine(x.contiguous(memory_format=torch.channels_last)), expected)
@@ -125,7 +123,7 @@ def test_multiply_adds_are_weights_times_positions():
 
 
 def test_threads_that_share_an_engine_get_what_one_gets():
-    engine = sparse.SparseResNet(checkpoint.load(WEIGHTS)[0], 28)
+    engine = inference.SparseResNet(checkpoint.load(WEIGHTS)[0], 28)
     engine.threads = 2  # each call shares its work, however many threads PyTorch has
     parts = [images(2500), -images(2501)[:2500]]
     batches = (250, 1, 7)  # both kinds of code, compiled while the other thread waits
@@ -142,7 +140,7 @@ def test_threads_that_share_an_engine_get_what_one_gets():
 
 @pytest.mark.parametrize("n", [5, 40])
 def test_copies_and_pickles_compute_the_same(n):
-    engine = sparse.SparseResNet(checkpoint.load(WEIGHTS)[0], 28)
+    engine = inference.SparseResNet(checkpoint.load(WEIGHTS)[0], 28)
     x, file = images(n), io.BytesIO()
     expected = engine(x)
     torch.save(engine, file)
@@ -160,7 +158,7 @@ def test_copies_and_pickles_compute_the_same(n):
 @pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
 def test_a_pixel_that_is_not_finite_spoils_its_image_and_no_other(n, pixel):
     model, _ = checkpoint.load(WEIGHTS)
-    engine = sparse.SparseResNet(model, 28)
+    engine = inference.SparseResNet(model, 28)
     for place in ((0, 0), (13, 14), (27, 27)):
         x = images(n).clone()
         x[3, :, place[0], place[1]] = pixel

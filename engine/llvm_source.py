@@ -15,7 +15,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from plan import Plan, Product
+from engine.plan import Plan, Product
 
 F32, I32, I64, PTR, VOID = (
     ir.FloatType(),

@@ -1,7 +1,7 @@
 """Write the README's tables and its picture anew, from results.csv, bench.json and the weights.
 
-    python readme.py                          # after bench.json (the last line of bench.py) changed
-    python readme.py --add runs/results.csv   # first add a machine's results, those with validation
+    python -m bench.tables                          # after bench.json changed
+    python -m bench.tables --add runs/results.csv   # first add a machine's results
 
 What it writes is checked by tests/test_project.py: no figure in a table is typed.
 """
@@ -19,16 +19,16 @@ from pathlib import Path
 import torchinfo
 
 import checkpoint
-import plots
 import prune
-import record
 import shell
 import train
+from runlog import plots, record
 
 HERE = Path(__file__).resolve().parent
-RESULTS, README = HERE / "results.csv", HERE / "README.md"
+ROOT = HERE.parent
+RESULTS, README = HERE / "results.csv", ROOT / "README.md"
 THREE_SEEDS = re.compile(r"(\S+seed)0(\S*) (?:\1)1\2 (?:\1)2\2")
-SHIPPED = (HERE / "pruned_resnet18.pth", HERE / "pruned_resnet18-stem2.pth")
+SHIPPED = (ROOT / "pruned_resnet18.pth", ROOT / "pruned_resnet18-stem2.pth")
 
 
 def result_rows() -> list[dict[str, str]]:
@@ -158,8 +158,8 @@ def where(row: dict[str, str]) -> str:
     return f"{float(row['minutes']):.0f} min on {row['device']}, commit {row['commit']}"
 
 
-WAYS = {  # what bench.py calls it: the file, what it needs
-    "sparse": ("`pruned_resnet18.pth`, with `sparse.py`", "PyTorch, torchvision, llvmlite"),
+WAYS = {  # what bench/speed.py calls it: the file, what it needs
+    "sparse": ("`pruned_resnet18.pth`, with `engine`", "PyTorch, torchvision, llvmlite"),
     "16 bits": ("`pruned_resnet18-16bit.pth`, likewise", "PyTorch, torchvision, llvmlite"),
     "8 bits": ("`pruned_resnet18-8bit.pth`, likewise", "PyTorch, torchvision, llvmlite"),
     "c 32 bits": ("`pruned_resnet18.c`, its tables", "a C compiler"),
@@ -170,7 +170,7 @@ WAYS = {  # what bench.py calls it: the file, what it needs
 
 
 def ways_table(measured: dict) -> list[str]:
-    """What leaves the project, as bench.py measured it."""
+    """What leaves the project, as bench/speed.py measured it."""
     lines = [
         "| file | kB | needs | images/s at batch 1 | at batch 256 | predictions equal |",
         "|---|---|---|---|---|---|",
@@ -248,9 +248,9 @@ def sizes_table() -> list[str]:
 
 
 def speed_tables(measured: dict) -> list[str]:
-    """What bench.py measured, as the README shows it."""
+    """What bench/speed.py measured, as the README shows it."""
     titles = {
-        "sparse": "**this project, `sparse.py`**",
+        "sparse": "**this project, `engine`**",
         "dense_fp32": "PyTorch, dense, fp32",
         "dense_bf16": "PyTorch, dense, bf16, BatchNorm folded",
         "onnxruntime": "ONNX Runtime, dense",
@@ -311,14 +311,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.add is not None:
             add(args.add)
     except (OSError, KeyError) as error:
-        print(f"readme.py: {args.add}: cannot be added ({error})", file=sys.stderr)
+        print(f"bench/tables.py: {args.add}: cannot be added ({error})", file=sys.stderr)
         return 2
     text = README.read_text()
     for name, table in tables().items():
         found = part(text, name)
         text = text.replace(found[0], found[1] + table + found[3])
     checkpoint.write(README, text)
-    checkpoint.write(HERE / "sizes.png", plots.sizes(RESULTS, "curve"))
+    checkpoint.write(ROOT / "docs" / "sizes.png", plots.sizes(RESULTS, "curve"))
     return 0
 
 

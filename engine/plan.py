@@ -1,5 +1,5 @@
-"""What a pruned network computes, as a list of sparse products: what `sparse.py` compiles and
-`csource.py` writes as C.
+"""What a pruned network computes, as a list of sparse products: what `inference.py` compiles and
+`c_source.py` writes as C.
 
 Each convolution is one loop over its weights that are not zero, output channel by output channel:
 each weight adds its multiple of a shifted input map. BatchNorm is folded in, taps that only ever
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import prune
-import rewrite
+from engine import rewrite
 
-LARGEST = 64  # pixels a side of the images for `sparse.py`, whose code has every position
-PAYS = 1 / 4  # of the weights that meet a map: with more, dense products are as fast (LOG.md)
+LARGEST = 64  # pixels a side of the images for `inference.py`, whose code has every position
+PAYS = 1 / 4  # of the weights that meet a map: with more, dense products are as fast
 
 
 @dataclass(frozen=True)

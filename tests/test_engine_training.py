@@ -7,11 +7,10 @@ import tiny as shrunk
 import torch
 import torch.nn.functional as F
 
-import loop
+import distill
 import models
 import prune
-import rewrite
-import sparsegrad
+from engine import rewrite, training
 
 
 def pruned(stem, size, keep=0.05, images=32):
@@ -39,7 +38,7 @@ def pruned(stem, size, keep=0.05, images=32):
 def test_gradients_are_those_of_the_dense_network(stem, size):
     model, images, labels = pruned(stem, size)
     dense, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    logits, expected = sparsegrad.SparseForward(model, size)(images), exact(images.double())
+    logits, expected = training.SparseForward(model, size)(images), exact(images.double())
     torch.testing.assert_close(logits, expected.float(), rtol=1e-3, atol=1e-4)
     F.cross_entropy(logits, labels).backward()
     F.cross_entropy(expected, labels).backward()
@@ -60,7 +59,7 @@ def test_the_same_bits_with_any_number_of_threads(monkeypatch):
     gradients = []
     for threads in (1, 2, 3):
         model, images, labels = pruned(4, 28, images=64)
-        forward = sparsegrad.SparseForward(model, 28)
+        forward = training.SparseForward(model, 28)
         monkeypatch.setattr(forward, "threads", threads)
         for _ in range(2):  # memories are used again
             model.zero_grad()
@@ -72,7 +71,7 @@ def test_the_same_bits_with_any_number_of_threads(monkeypatch):
 
 def test_weights_that_changed_are_used():
     model, images, _ = pruned(4, 28)
-    forward = sparsegrad.SparseForward(model, 28)
+    forward = training.SparseForward(model, 28)
     before = forward(images)
     with torch.no_grad():
         model.layer4[1].conv2.weight.mul_(3)
@@ -83,12 +82,12 @@ def test_weights_that_changed_are_used():
 
 def test_it_is_used_where_few_weights_are_left():
     model, _, _ = pruned(4, 28, keep=0.5)
-    assert sparsegrad.pays(model, 28, bf16=False) is None
+    assert training.pays(model, 28, bf16=False) is None
     model, images, labels = pruned(4, 28)
-    setup = loop.Setup(torch.device("cpu"), False, 28, True)
+    setup = distill.Setup(torch.device("cpu"), False, 28, True)
     steps = []
     for sparse in (True, False):
-        network = loop.Network(copy.deepcopy(model), loop.Stage(1, "sgd", 0.003), setup)
+        network = distill.Network(copy.deepcopy(model), distill.Stage(1, "sgd", 0.003), setup)
         network.model.train()
         network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         assert network.sparse is not None

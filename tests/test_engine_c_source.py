@@ -5,15 +5,15 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from test_sparse import prune_to
+from test_engine_inference import prune_to
 
 import checkpoint
-import csource
 import export
 import models
-import readme
+from bench import tables
+from engine import c_source
 
-WEIGHTS = readme.SHIPPED[0]
+WEIGHTS = tables.SHIPPED[0]
 compiled = pytest.mark.skipif(export.compiler() is None, reason="needs a C compiler")
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -46,7 +46,7 @@ def write_idx(path, images_u8):
 def compare(folder, flags, model, images_u8, bits=32, classes=()):
     """Compile with `flags`; program, library and PyTorch must agree."""
     meta = {"image_size": images_u8.shape[-1], "grey": images_u8.dim() == 3, "classes": classes}
-    network, source = export.c_source(model, meta, "net", bits, ["A network."])
+    network, source = export.c_file(model, meta, "net", bits, ["A network."])
     (folder / "net.c").write_text(source.text())
     made = cc(folder, *STRICT, *flags, "-O1", "-DCLASSIFY_MAIN", "net.c", "-o", "classify")
     assert made.returncode == 0, made.stderr[:2000]
@@ -133,7 +133,7 @@ def test_class_names_stay_in_their_strings(narrow_resnet18, tmp_path):
 
 def test_file_names_become_identifiers():
     for name, expected in (("a-b c", "a_b_c"), ("8bit", "net_8bit"), ("é", "net__"), ("", "net_")):
-        assert csource.identifier(name) == expected
+        assert c_source.identifier(name) == expected
 
 
 @compiled

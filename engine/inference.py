@@ -8,7 +8,7 @@ weight serves them all and no index is ever looked up per image. Each convolutio
 its weights that are not zero, output channel by output channel: the channel's map, in pieces of up
 to 28 positions, stays in registers while each weight adds its multiple of a shifted input map,
 whose place is read once for the whole piece. For few images the registers hold 16 neighbouring
-positions of one image instead. The code for that (llvmsource.py) is written and compiled when an
+positions of one image instead. The code for that (llvm_source.py) is written and compiled when an
 engine of its shape is first called, in 0.2 to 0.4 s.
 """
 
@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-import llvmsource
-from plan import Plan
+from engine import llvm_source
+from engine.plan import Plan
 
 
 class _Compiled:
@@ -29,16 +29,16 @@ class _Compiled:
 
     def __init__(self, plan: Plan):
         self.plan = plan  # holds the tensors that the code reads
-        self._addresses = llvmsource.addresses(plan.tables)
-        self._functions = llvmsource.compiled(plan.shape, self._write)
+        self._addresses = llvm_source.addresses(plan.tables)
+        self._functions = llvm_source.compiled(plan.shape, self._write)
         self._idle: list[Tensor] = []
 
-    def _write(self) -> tuple[llvmsource.Code, dict]:
-        code = llvmsource.Engine(self.plan)
+    def _write(self) -> tuple[llvm_source.Code, dict]:
+        code = llvm_source.Engine(self.plan)
         return code, {"run": code.run}
 
     def run(self, *arguments: int) -> None:
-        """One tile; arguments as of llvmsource.Engine's `run`, but the tables."""
+        """One tile; arguments as of llvm_source.Engine's `run`, but the tables."""
         self._functions.run(*arguments, self._addresses.data_ptr())
 
     @contextlib.contextmanager
@@ -64,7 +64,7 @@ class SparseResNet(nn.Module):
 
     def __init__(self, model: nn.Module, image_size: int, grey: bool = True):
         super().__init__()
-        lanes, _ = llvmsource.host()
+        lanes, _ = llvm_source.host()
         size = image_size, 1 if grey else 3
         self.many = Plan(model, *size, images=lanes, positions=1)
         self.few = Plan(model, *size, images=1, positions=lanes)

@@ -4,8 +4,8 @@ they get gradients.
     forward = SparseForward(model, image_size=28)   # a torchvision ResNet of basic blocks
     loss(forward(images)).backward()                # gradients of the model's own parameters
 
-As in sparse.py a vector register holds one value of 16 images, a convolution is one loop over its
-weights. Its gradient by the input is a convolution again, with the same weights transposed and
+As in inference.py a vector register holds one value of 16 images, a convolution is one loop over
+its weights. Its gradient by the input is a convolution again, with the same weights transposed and
 mirrored; that by a weight is the sum of products of two maps, one of them shifted. Activations are
 float32 (tiles, channels, positions, images of a tile). What is not multiplied costs as much as what
 is: maps are larger than caches, so each is read as seldom as BatchNorm's statistics allow, twice
@@ -20,13 +20,10 @@ import torch
 from llvmlite import ir
 from torch import Tensor, nn
 
-import llvmgrad
-import llvmsource
-import plan
-import rewrite
-from plan import Map
+from engine import llvm_gradients, llvm_source, plan, rewrite
+from engine.plan import Map
 
-# Of the dense network's multiply-adds; with more, that is as fast: in fp32, in bf16 (LOG.md).
+# Of the dense network's multiply-adds; with more, that is as fast: in fp32, in bf16.
 PAYS = 1 / 4, 1 / 8
 
 
@@ -79,7 +76,7 @@ class Unit:
             mirrored = numbers.transpose(0, 1).flip(2, 3)
             args = mirrored, zeros[1], self.spread, dx, 1, back
             self.products.append(plan.product("", *args, add=onto))
-        self.tables = llvmsource.addresses([t for p in self.products for t in p.tables])
+        self.tables = llvm_source.addresses([t for p in self.products for t in p.tables])
         self.filled = [p.values.nonzero().squeeze(1) for p in self.products]
         pairs = zip(self.products, self.filled, strict=True)
         self.numbers = [p.values[filled].long() - 1 for p, filled in pairs]
@@ -97,7 +94,7 @@ class Unit:
         products = tuple(p.shape for p in self.products)
         return *products, *maps, self.stride, self.relu, self.adds, self.first
 
-    def write(self, code: llvmgrad.TrainingCode, n: int) -> dict[str, ir.Function]:
+    def write(self, code: llvm_gradients.TrainingCode, n: int) -> dict[str, ir.Function]:
         """Its functions forward<n>(x, padded, y, sums, tables), backward<n>(x, dy, y, factors,
         padded, spread, row, sums, dx, tables), and as in llvmgrad normalize<n>, norm_gradient<n>.
         """
@@ -109,13 +106,13 @@ class Unit:
         gradient = code.gradient(self.products[0], self.spread, self.stride)
         normalize = code.normalize(channels, positions, self.adds, self.relu)
         norm_gradient = code.norm_gradient(channels, positions, self.relu)
-        forward, b = code.function(f"forward{n}", [llvmsource.PTR] * 5)
+        forward, b = code.function(f"forward{n}", [llvm_source.PTR] * 5)
         x, padded, y, sums, tables = forward.args
         b.call(pad, [x, padded])
         b.call(product, [padded, y, y, tables])
         b.call(moments, [y, sums])
         b.ret_void()
-        backward, b = code.function(f"backward{n}", [llvmsource.PTR] * 10)
+        backward, b = code.function(f"backward{n}", [llvm_source.PTR] * 10)
         x, dy, y, factors, padded, spread, row, sums, dx, tables = backward.args
         b.call(pad, [x, padded])
         b.call(combine, [dy, y, factors, spread])
@@ -174,7 +171,7 @@ class SparseForward:
 
     def __init__(self, model: nn.Module, image_size: int):
         self.model = model
-        self.images, _ = llvmsource.host()
+        self.images, _ = llvm_source.host()
         self.units: list[Unit] = []
         stem = self._add(model.conv1, model.bn1, image_size, first=True)
         self.pool, size = None, stem.size_out
@@ -219,12 +216,12 @@ class SparseForward:
         return sum(unit.conv.weight.numel() * unit.size_out**2 for unit in self.units)
 
     @functools.cached_property
-    def compiled(self) -> llvmsource.Compiled:
+    def compiled(self) -> llvm_source.Compiled:
         shape = self.images, self.pool, *(unit.shape for unit in self.units)
-        return llvmsource.compiled(shape, self._write)
+        return llvm_source.compiled(shape, self._write)
 
-    def _write(self) -> tuple[llvmgrad.TrainingCode, dict[str, ir.Function]]:
-        code, functions = llvmgrad.TrainingCode(self.images), {}
+    def _write(self) -> tuple[llvm_gradients.TrainingCode, dict[str, ir.Function]]:
+        code, functions = llvm_gradients.TrainingCode(self.images), {}
         for n, unit in enumerate(self.units):
             functions |= unit.write(code, n)
         if self.pool is not None:

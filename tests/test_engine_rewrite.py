@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import loop
+import distill
 import models
 import prune
-import rewrite
+from engine import rewrite
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -35,8 +35,8 @@ def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch
 @pytest.mark.parametrize("stem", models.STEMS)
 def test_a_step_asks_onednn_for_no_weight_gradient(stem, narrow):
     """Its threads spin in wait for each other, so that a busy process slows a step 30 times."""
-    setup = loop.Setup(torch.device("cpu"), bf16=False, image_size=28, grey=True)
-    network = loop.Network(models.build("resnet18", 10, stem=stem), loop.Stage(1), setup)
+    setup = distill.Setup(torch.device("cpu"), bf16=False, image_size=28, grey=True)
+    network = distill.Network(models.build("resnet18", 10, stem=stem), distill.Stage(1), setup)
     images, targets = models.normalize(torch.zeros(16, 28, 28)), torch.eye(10).repeat(2, 1)[:16]
     asked = []
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from llvmsource import F32, I64, Code, loop
-from plan import Map, Product
+from engine.llvm_source import F32, I64, Code, loop
+from engine.plan import Map, Product
 
 
 class TrainingCode(Code):

@@ -8,13 +8,13 @@ from torch import Generator
 
 import augment
 import data
-import loop
+import distill
 import models
-import plan
 import prune
 import train
+from engine import plan
 
-SETUP = loop.Setup(torch.device("cpu"), bf16=False, image_size=28, grey=True)
+SETUP = distill.Setup(torch.device("cpu"), bf16=False, image_size=28, grey=True)
 
 
 def test_the_distillation_loss_is_its_formula():
@@ -28,14 +28,14 @@ def test_the_distillation_loss_is_its_formula():
         divergence = (p * (p / q).log()).sum()
         labels = -(y * s.softmax(0).log()).sum()
         expected += weight * temperature**2 * divergence + (1 - weight) * labels
-    loss = loop.distillation_loss(student, teacher, targets, weight, temperature)
+    loss = distill.distillation_loss(student, teacher, targets, weight, temperature)
     torch.testing.assert_close(loss, expected / 6)
-    equal = loop.distillation_loss(teacher, teacher, targets, 1.0, temperature)
+    equal = distill.distillation_loss(teacher, teacher, targets, 1.0, temperature)
     torch.testing.assert_close(equal, torch.zeros_like(equal))
 
 
 def test_the_learning_rate_rises_for_a_tenth_and_ends_at_zero():
-    rates = [loop.learning_rate(step, 100, 0.1) for step in range(100)]
+    rates = [distill.learning_rate(step, 100, 0.1) for step in range(100)]
     assert rates[:9] == sorted(rates[:9]) and rates[9:] == sorted(rates[9:], reverse=True)
     assert 0.09 < max(rates) <= 0.1 and rates[-1] == pytest.approx(0)
 
@@ -44,9 +44,9 @@ def test_the_last_epochs_see_whole_images(monkeypatch):
     generator = Generator().manual_seed(0)
     images_u8 = torch.randint(0, 256, (300, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (300,), generator=generator)
-    monkeypatch.setattr(loop, "FEW", 1)
-    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=100, least_steps=1)
-    images = loop.Images(images_u8, labels, 10, recipe)
+    monkeypatch.setattr(distill, "FEW", 1)
+    recipe = distill.Recipe(distill.Stage(1), distill.Stage(1), (), batch_size=100, least_steps=1)
+    images = distill.Images(images_u8, labels, 10, recipe)
     whole = models.normalize(images_u8).flatten(1)
     mirrored = models.normalize(images_u8.flip(2)).flatten(1)
     known = torch.cat([whole, mirrored])
@@ -72,8 +72,10 @@ def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monke
     )
     monkeypatch.setattr(augment, "mixup", lambda images, targets, *_: (images, targets))
     monkeypatch.setattr(models, "normalize", lambda images: images)
-    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=256 if n > 9_000 else 100)
-    images = loop.Images(torch.arange(n), torch.zeros(n, dtype=torch.long), 2, recipe)
+    recipe = distill.Recipe(
+        distill.Stage(1), distill.Stage(1), (), batch_size=256 if n > 9_000 else 100
+    )
+    images = distill.Images(torch.arange(n), torch.zeros(n, dtype=torch.long), 2, recipe)
     assert images.passes == 1 and images.batch_size == recipe.batch_size
     list(images.epoch(0, 10, Generator().manual_seed(7)))
     expected = list(augment.batches(n, recipe.batch_size, Generator().manual_seed(7)))
@@ -85,18 +87,18 @@ def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monke
 @pytest.mark.parametrize("n", [1, 20, 33, 160, 1_150, 2_000, 5_000, 10_000, 20_000])
 def test_few_images_are_seen_several_times_in_smaller_batches(n, batch_size):
     recipe = replace(train.RECIPES["quick"], batch_size=batch_size)
-    batch, steps, passes = loop.lengths(n, recipe)
+    batch, steps, passes = distill.lengths(n, recipe)
     assert batch <= min(n, batch_size) and steps == n // batch
     assert recipe.least_steps <= passes * steps < recipe.least_steps + steps
-    assert batch >= min(n, loop.SMALLEST)
+    assert batch >= min(n, distill.SMALLEST)
     assert batch in (batch_size, n) or (batch_size / batch).is_integer()
-    assert steps >= loop.FEW or batch < 2 * loop.SMALLEST
+    assert steps >= distill.FEW or batch < 2 * distill.SMALLEST
 
 
 def test_each_pass_of_an_epoch_is_shuffled_anew():
     images_u8 = torch.arange(100, dtype=torch.uint8)[:, None, None].expand(-1, 8, 8)
-    recipe = loop.Recipe(loop.Stage(1), loop.Stage(1), (), batch_size=50, least_steps=75)
-    images = loop.Images(images_u8, torch.arange(100), 100, recipe)
+    recipe = distill.Recipe(distill.Stage(1), distill.Stage(1), (), batch_size=50, least_steps=75)
+    images = distill.Images(images_u8, torch.arange(100), 100, recipe)
     assert (images.batch_size, images.steps, images.passes) == (50, 2, 38)
     seen = [t.argmax(1) for _, t in images.epoch(9, 10, Generator().manual_seed(0))]
     assert len(seen) == 76
@@ -108,9 +110,9 @@ def test_each_pass_of_an_epoch_is_shuffled_anew():
 def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypatch):
     """80 epochs of four steps: every 10 steps, though an epoch is over before."""
     taken, steps = [], []
-    monkeypatch.setattr(loop, "FEW", 1)
-    monkeypatch.setattr(loop, "AVERAGE", 10 * loop.UPDATES / 320)
-    monkeypatch.setattr(loop, "validate", lambda *_: None)
+    monkeypatch.setattr(distill, "FEW", 1)
+    monkeypatch.setattr(distill, "AVERAGE", 10 * distill.UPDATES / 320)
+    monkeypatch.setattr(distill, "validate", lambda *_: None)
     monkeypatch.setattr(
         torch.optim.swa_utils.AveragedModel,
         "update_parameters",
@@ -121,19 +123,19 @@ def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypat
         steps.append(rate)
         return torch.zeros(()), targets
 
-    monkeypatch.setattr(loop.Network, "step", step)
-    recipe = loop.Recipe(loop.Stage(80), loop.Stage(1), (), batch_size=2, least_steps=4)
-    images = loop.Images(torch.zeros(8, 28, 28), torch.arange(8), 10, recipe)
-    part = loop.Part("teacher", recipe.teacher, 0, "teacher.pth")
-    loop.fit(part, models.build("resnet18", 10), [], images, SETUP, seed=0)
+    monkeypatch.setattr(distill.Network, "step", step)
+    recipe = distill.Recipe(distill.Stage(80), distill.Stage(1), (), batch_size=2, least_steps=4)
+    images = distill.Images(torch.zeros(8, 28, 28), torch.arange(8), 10, recipe)
+    part = distill.Part("teacher", recipe.teacher, 0, "teacher.pth")
+    distill.fit(part, models.build("resnet18", 10), [], images, SETUP, seed=0)
     assert taken == list(range(10, 321, 10))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer, narrow):
     torch.manual_seed(0)
-    stage = loop.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
-    network = loop.Network(models.build("resnet18", 10), stage, SETUP)
+    stage = distill.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
+    network = distill.Network(models.build("resnet18", 10), stage, SETUP)
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
     teacher_logits = torch.randn(8, 10)
 
@@ -158,21 +160,21 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
 
 def test_channels_without_weights_cost_no_work_and_change_no_weight(narrow, monkeypatch):
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
-    stage, trained = loop.Stage(9, "sgd", 0.01, 5e-4), []
-    for trim in (loop.rewrite.trim_channels_, lambda model: model):
-        monkeypatch.setattr(loop.rewrite, "trim_channels_", trim)
+    stage, trained = distill.Stage(9, "sgd", 0.01, 5e-4), []
+    for trim in (distill.rewrite.trim_channels_, lambda model: model):
+        monkeypatch.setattr(distill.rewrite, "trim_channels_", trim)
         torch.manual_seed(0)
         model = models.build("resnet18", 10)
         prune.narrow_(model, 0.5)
         for budget in (None, 40_000, 20_000):
-            network = loop.Network(copy.deepcopy(model), stage, SETUP)
+            network = distill.Network(copy.deepcopy(model), stage, SETUP)
             if budget:
                 network.cut(budget, [images])
             network.model.train()
             for _ in range(3):
                 network.step(images, targets, None, rate=0.01)
             network.average.update_parameters(network.model)
-            model = loop.rewrite.untrimmed(network.average.module)
+            model = distill.rewrite.untrimmed(network.average.module)
             trained.append(model)
             assert budget is None or prune.count(model) == budget
     for fast, slow in zip(trained[:3], trained[3:], strict=True):
@@ -187,23 +189,23 @@ def test_channels_without_weights_cost_no_work_and_change_no_weight(narrow, monk
 
 def test_validation_that_skips_the_zeros_is_validation(narrow, monkeypatch):
     torch.manual_seed(0)
-    network = loop.Network(models.build("resnet18", 10), loop.Stage(1), SETUP)
+    network = distill.Network(models.build("resnet18", 10), distill.Stage(1), SETUP)
     network.cut(30_000, [torch.randn(8, 3, 28, 28)])
     network.model.eval()
     images_u8 = torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8)
     labels = models.infer(network.model, images_u8).argmax(1)
     labels[:90] = (labels[:90] + 1) % 10
-    assert isinstance(SETUP.frozen(network.model), loop.SparseResNet)
+    assert isinstance(SETUP.frozen(network.model), distill.SparseResNet)
     for share in (plan.PAYS, 0):
         monkeypatch.setattr(plan, "PAYS", share)
-        share = loop.validate(network.model, (images_u8, labels), SETUP)
+        share = distill.validate(network.model, (images_u8, labels), SETUP)
         assert share == pytest.approx(0.7, abs=0.01)
 
 
 def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given(narrow):
     torch.manual_seed(0)
-    stage = loop.Stage(1)
-    network = loop.Network(models.build("resnet18", 10), stage, SETUP)
+    stage = distill.Stage(1)
+    network = distill.Network(models.build("resnet18", 10), stage, SETUP)
     images = torch.randn(4, 1, 28, 28).expand(-1, 3, -1, -1)
     network.cut(100_000, [images])
     out = network.model.conv1(images)
@@ -215,15 +217,15 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
     """The real loop brings a network from chance to order on images with an easy pattern."""
     recipe = replace(
         train.RECIPES["quick"],
-        teacher=loop.Stage(6),
+        teacher=distill.Stage(6),
         images=None,
         mixup_alpha=0.0,
     )
     train.RECIPES["quick"] = recipe  # restored by the fixture
     images, setup = train.prepare(data.find(tiny_data), recipe, torch.device("cpu"), flip=False)
     torch.manual_seed(0)
-    part, rows = loop.Part("teacher", recipe.teacher, 0, "teacher.pth"), []
-    model = loop.fit(
+    part, rows = distill.Part("teacher", recipe.teacher, 0, "teacher.pth"), []
+    model = distill.fit(
         part,
         models.build("resnet18", 10),
         [],
@@ -238,11 +240,11 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
 
 
 def test_views_are_the_crops_of_the_first_epochs_and_whole_images_of_their_own():
-    stage = loop.Stage(12, views=4)
-    views = [loop.view_of(epoch, stage) for epoch in range(12)]
+    stage = distill.Stage(12, views=4)
+    views = [distill.view_of(epoch, stage) for epoch in range(12)]
     assert views == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 10, 11]
-    assert (loop.views(stage), loop.views(stage, 8)) == (7, 4)
-    assert [loop.view_of(epoch, loop.Stage(12)) for epoch in range(12)] == list(range(12))
+    assert (distill.views(stage), distill.views(stage, 8)) == (7, 4)
+    assert [distill.view_of(epoch, distill.Stage(12)) for epoch in range(12)] == list(range(12))
 
 
 def test_missing_channels_are_no_zeros_that_pay_to_skip():
@@ -254,7 +256,7 @@ def test_missing_channels_are_no_zeros_that_pay_to_skip():
     prune.narrow_(narrow, 1 / 4)  # few weights, but no zeros among its channels
     assert plan.pays(narrow, 28, SETUP.device)  # if the missing ones are not left out first
     frozen = [SETUP.frozen(model) for model in (dense, sparse, narrow)]
-    assert [isinstance(network, loop.SparseResNet) for network in frozen] == [False, True, False]
+    assert [isinstance(network, distill.SparseResNet) for network in frozen] == [False, True, False]
     images = torch.randn(8, 1, 28, 28, generator=generator).expand(-1, 3, -1, -1)
     with torch.no_grad():
         for fast, model in zip(frozen, (dense, sparse, narrow), strict=True):
@@ -269,12 +271,12 @@ def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, t
     model, teacher = models.build("resnet18", 10), setup.frozen(models.build("resnet18", 10))
     asked = []
     teacher.register_forward_hook(lambda module, args, out: asked.append(args[0].clone()))
-    part = loop.Part("student", loop.Stage(8, kd_weight=0.5, views=2), 1, "student.pth")
+    part = distill.Part("student", distill.Stage(8, kd_weight=0.5, views=2), 1, "student.pth")
     states = []
 
     def fit(saved=None):
         asked.clear()
-        done = loop.fit(
+        done = distill.fit(
             part, copy.deepcopy(model), [teacher], images, setup, seed=0, saved=saved,
             save=lambda state, row: states.append(copy.deepcopy(state)),
         )  # fmt: skip
@@ -289,9 +291,9 @@ def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, t
 
 
 def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
-    stage = loop.Stage(1)
+    stage = distill.Stage(1)
     torch.manual_seed(0)
-    network = loop.Network(models.build("resnet18", 10), stage, SETUP)
+    network = distill.Network(models.build("resnet18", 10), stage, SETUP)
     images, targets = torch.randn(4, 3, 28, 28), torch.rand(4, 10).softmax(1)
     loss, logits = network.step(images, targets, None, rate=0.0)
     torch.testing.assert_close(loss, -(targets * F.log_softmax(logits, 1)).sum(1).mean())
@@ -303,7 +305,7 @@ def test_several_teachers_answer_with_the_mean_of_their_logits():
     images = models.normalize(torch.randint(256, (4, 28, 28), dtype=torch.uint8))
     with torch.no_grad():
         expected = (networks[0](images) + networks[1](images)) / 2
-    teacher = loop.Teacher(networks)
+    teacher = distill.Teacher(networks)
     torch.testing.assert_close(teacher.logits(images), expected)
     torch.testing.assert_close(teacher.logits(images, batch="again"), expected)
     assert teacher.logits(images[:1], batch="again") is teacher.kept["again"]
@@ -312,15 +314,15 @@ def test_several_teachers_answer_with_the_mean_of_their_logits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_recorded_steps_on_a_gpu_are_those_that_were_recorded(optimizer, monkeypatch):
-    setup = loop.Setup(torch.device("cuda"), False, 28, True)
+    setup = distill.Setup(torch.device("cuda"), False, 28, True)
 
     def trained(first: int) -> tuple[list[float], int]:
-        monkeypatch.setattr(loop.Recorded, "FIRST", first)
+        monkeypatch.setattr(distill.Recorded, "FIRST", first)
         torch.manual_seed(0)
-        stage = loop.Stage(1, optimizer, kd_weight=0.5)
-        network = loop.Network(models.build("resnet18", 10), stage, setup)
+        stage = distill.Stage(1, optimizer, kd_weight=0.5)
+        network = distill.Network(models.build("resnet18", 10), stage, setup)
         network.model.train()
-        teacher = loop.Teacher([setup.frozen(models.build("resnet18", 10)) for _ in range(2)])
+        teacher = distill.Teacher([setup.frozen(models.build("resnet18", 10)) for _ in range(2)])
         generator, losses = torch.Generator("cuda").manual_seed(0), []
         for step in range(15):
             if step in (5, 10):

@@ -1,0 +1,1 @@
+"""Benchmarks, and the tables that are generated from their results."""

@@ -1,0 +1,1 @@
+"""The pruned network, run and trained fast on a CPU."""
