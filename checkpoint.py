@@ -46,8 +46,8 @@ import models
 import prune
 
 FORMAT, VERSIONS = "pruned-resnet", (2, 3)
-CLASSES = 10_000  # more are taken for damage: a file must not fill the memory
-STEP = 65535  # the longest gap, which holds no value
+MAX_CLASSES = 10_000  # more are taken for damage: a file must not fill the memory
+MAX_GAP = 65535  # the longest gap, which holds no value
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)  # that weights can be rounded to
 SMALLEST_HALF = 2.0**-24
 DTYPES = {
@@ -58,7 +58,7 @@ DTYPES = {
     "scales": torch.float32,
     "first": torch.float32,
 }
-STRANGERS = (  # dtypes of others' weights, masks and counters
+FOREIGN_DTYPES = (  # dtypes of others' weights, masks and counters
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.bool, torch.uint8, torch.int32, torch.int64,
 )  # fmt: skip
@@ -73,7 +73,7 @@ class CheckpointError(Exception):
 # --- files --------------------------------------------------------------------------------------
 
 
-def output(text: str) -> Path:
+def output_path(text: str) -> Path:
     """The path of an output on the command line, for argparse; "-" is standard output."""
     return Path("/dev/stdout" if text == "-" else text)
 
@@ -214,18 +214,18 @@ def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
         if not flat.isfinite().all():
             raise CheckpointError(f"{path}: not written, a weight is too large for half precision")
     elif bits < 16:
-        whole, scales = zip(*(levels(state[name], bits) for name in prunable[1:]), strict=True)
+        whole, scales = zip(*(quantize(state[name], bits) for name in prunable[1:]), strict=True)
         flat = torch.cat([torch.zeros(len(first), dtype=torch.int8), *(w.flatten() for w in whole)])
-        parts = {"scales": torch.cat(scales), "first": _shorter(first), **parts}
-        parts["others"] = _shorter(parts["others"])
+        parts = {"scales": torch.cat(scales), "first": _round_mantissa(first), **parts}
+        parts["others"] = _round_mantissa(parts["others"])
     if len(positions) < len(flat) / 4:
         flat = flat[positions]
         if bits < 16:
             in_first = int(first.count_nonzero())
             flat, parts["first"] = flat[in_first:], parts["first"][positions[:in_first]]
         steps = positions.diff(prepend=torch.tensor([-1]))
-        gaps = torch.full((int((steps // STEP + 1).sum()),), STEP)
-        gaps[(steps // STEP + 1).cumsum(0) - 1] = steps % STEP
+        gaps = torch.full((int((steps // MAX_GAP + 1).sum()),), MAX_GAP)
+        gaps[(steps // MAX_GAP + 1).cumsum(0) - 1] = steps % MAX_GAP
         parts = {**parts, "values": flat, "gaps": gaps.to(torch.uint16)}
         parts = {name: _pack(tensor) for name, tensor in parts.items()}
     else:
@@ -241,7 +241,7 @@ def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
     write(path, content)
 
 
-def levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`weight`, float32 (O, ...), as whole numbers, int8 or int16 (O, ...), times scales (O,).
 
     These are up to 2**(bits - 1) - 1; of the scales that make the largest of a channel's weights
@@ -258,7 +258,7 @@ def levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     best, errors = torch.zeros_like(flat), torch.full_like(largest, torch.inf)
     scales = torch.zeros_like(largest)
     for share in torch.linspace(1, 0.5, 51):
-        scale = _shorter(largest * (share / most)).clamp(min=least)
+        scale = _round_mantissa(largest * (share / most)).clamp(min=least)
         whole = (flat / scale).round().clamp(-most, most)
         whole = whole.where((whole != 0) | (flat == 0), flat.sign())
         error = (whole * scale - flat).square().sum(1, keepdim=True)
@@ -270,7 +270,7 @@ def levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return whole.to(dtype).view_as(weight), scales[:, 0]
 
 
-def rounded(model: nn.Module, bits: int) -> nn.Module:
+def fake_quantize(model: nn.Module, bits: int) -> nn.Module:
     """A copy of `model` with its conv and linear weights as `levels` rounds them.
 
     But for the first layer's, which have 11 significant bits: it is small, and rounded like the
@@ -278,14 +278,14 @@ def rounded(model: nn.Module, bits: int) -> nn.Module:
     """
     model = copy.deepcopy(model)
     first, *others = (weight.detach() for weight in prune.weights(model).values())
-    first.copy_(_shorter(first))
+    first.copy_(_round_mantissa(first))
     for weight in others:
-        whole, scales = levels(weight, bits)
+        whole, scales = quantize(weight, bits)
         weight.copy_((whole.flatten(1) * scales[:, None]).view_as(weight))
     return model
 
 
-def _shorter(numbers: Tensor) -> Tensor:
+def _round_mantissa(numbers: Tensor) -> Tensor:
     """float32 rounded to 11 significant bits, as float16 has, but of any size: packs to half."""
     return ((numbers.contiguous().view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
 
@@ -359,7 +359,7 @@ def add_image_flags(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def complete_(
+def fill_missing_meta_(
     meta: dict, path: str | Path, image_size: int | None, colour: bool, stem: int | None
 ) -> str | None:
     """Add what a user says, else 28 and grey, if the file at `path` does not say what it is for.
@@ -432,7 +432,7 @@ def _checked_meta(path: str | Path, content: dict) -> dict:
         raise CheckpointError(f"{path}: format version {version}, this program reads {known}")
     meta = content.get("meta")
     _require(isinstance(meta, dict) and type(meta.get("num_classes")) is int)
-    _require(0 < meta["num_classes"] <= CLASSES)
+    _require(0 < meta["num_classes"] <= MAX_CLASSES)
     kinds = {
         "budget": int,
         "parameters": int,
@@ -484,7 +484,7 @@ def _values(bits: int, layers: list[Tensor], parts: dict[str, Tensor]) -> Tensor
         values = torch.cat([parts["first"], values])
     if "gaps" in parts:
         gaps = parts["gaps"].long()
-        positions = gaps.cumsum(0)[gaps != STEP] - 1
+        positions = gaps.cumsum(0)[gaps != MAX_GAP] - 1
         _require(not len(positions) or (positions[0] >= 0 and positions[-1] < len(flat)))
         _require(not (positions.diff() <= 0).any())
     else:
@@ -509,7 +509,7 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
     ):
         raise CheckpointError(f"{path}: holds no state dict")
     for name, tensor in content.items():
-        if not _is_plain(tensor) or tensor.dtype not in STRANGERS:
+        if not _is_plain(tensor) or tensor.dtype not in FOREIGN_DTYPES:
             raise CheckpointError(f"{path}: {name} is not a plain tensor of numbers")
     marker = [name for name in content if re.search(r"(^|\.)conv1\.weight(_orig)?$", name)]
     prefix = min(marker, key=len).rpartition("conv1.")[0] if marker else ""
@@ -522,7 +522,7 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
             raise CheckpointError(f"{path}: {name}_orig has no mask that fits")
     arch = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18"
     fc = state.get("fc.weight")
-    if fc is None or fc.dim() != 2 or not 0 < len(fc) <= CLASSES:
+    if fc is None or fc.dim() != 2 or not 0 < len(fc) <= MAX_CLASSES:
         raise CheckpointError(
             f"{path}: not the weights of a torchvision ResNet, fc.weight is missing"
         )

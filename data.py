@@ -58,7 +58,7 @@ VALIDATION = 5000  # images held out for validation, at most a fifth, the same s
 # By the names of --dataset, apart from fashion-mnist, which has sources of its own.
 TORCHVISION = {"mnist": "MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
 DATASETS = ("fashion-mnist", *TORCHVISION)
-MIRRORED = ("fashion-mnist", "cifar10", "folder")  # whose mirrored images still are of their class
+FLIPPABLE = ("fashion-mnist", "cifar10", "folder")  # whose mirrored images still are of their class
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 CHUNK = 10_000  # images in memory at a time, for prediction; and how many bytes of them
 MOST_BYTES = 2**28
@@ -95,7 +95,7 @@ def find(
     if image_size is not None and not SIZES[0] <= image_size <= SIZES[1]:
         raise DataError(f"--image-size {image_size}: possible are {SIZES[0]} to {SIZES[1]}")
     if folder is not None and any((Path(folder) / split).is_dir() for split in ("train", "test")):
-        return _own(Path(folder), image_size or 28)
+        return _folder_source(Path(folder), image_size or 28)
     if dataset == "fashion-mnist":
         return Source(dataset, _find_fashion_mnist(folder), CLASSES, image_size or 28, grey=True)
     path = CACHE_DIR if folder is None else Path(folder)
@@ -104,7 +104,7 @@ def find(
     return Source(dataset, path, tuple(known.classes), image_size or size, grey)
 
 
-def find_for(weights: str | Path, meta: dict, folder: str | Path | None = None) -> Source:
+def find_for_weights(weights: str | Path, meta: dict, folder: str | Path | None = None) -> Source:
     """Where the images are, in `folder` or else found, that weights are for of which `meta` is
     known. Raises DataError, also if the images are of other classes."""
     name = meta.get("dataset", "fashion-mnist")
@@ -121,7 +121,7 @@ def find_for(weights: str | Path, meta: dict, folder: str | Path | None = None) 
             f"{weights}: is for the classes {', '.join(theirs)}, but {source.path} has "
             f"{', '.join(source.classes)}"
         )
-    if not has(source, "test"):
+    if not has_split(source, "test"):
         raise DataError(f"{source.path}: has no test/; give IMAGES")
     return source
 
@@ -249,11 +249,11 @@ def load(source: Source, split: str) -> tuple[Tensor, Tensor]:
     Returns uint8 images (N, H, H), or (N, 3, H, H) if in colour, and int64 labels (N,). Raises
     DataError for wrong checksums, truncated files, unreadable images, ...
     """
-    images, labels = zip(*pieces(source, split), strict=True)
+    images, labels = zip(*iter_batches(source, split), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
-def pieces(source: Source, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+def iter_batches(source: Source, split: str) -> Iterator[tuple[Tensor, Tensor]]:
     """What `load` returns, as many at a time as `most` allows."""
     if source.name == "folder":
         images, labels = _list_classes(source, split)
@@ -263,26 +263,26 @@ def pieces(source: Source, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         known = _torchvision(source.name, source.path, train=split == "train")
         images, labels = torch.as_tensor(known.data), torch.as_tensor(known.targets)
         images = images if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    prepare = read_images if source.name == "folder" else fit
-    chunk = most(source.image_size, source.grey)
+    prepare = read_images if source.name == "folder" else resize
+    chunk = chunk_size(source.image_size, source.grey)
     for start in range(0, len(labels), chunk):
         part = slice(start, start + chunk)
         yield prepare(images[part], source.image_size, source.grey), labels[part]
 
 
-def files(source: Source, split: str) -> list[Path]:
+def source_files(source: Source, split: str) -> list[Path]:
     """The files that `pieces` reads (not those of torchvision)."""
     if source.name == "folder":
         return _list_classes(source, split)[0]
     return [source.path / name for archive in ARCHIVES for name in (archive, archive[:-3])]
 
 
-def most(size: int, grey: bool) -> int:
+def chunk_size(size: int, grey: bool) -> int:
     """How many images of `size` pixels a side are kept in memory at a time, before prediction."""
     return max(1, min(CHUNK, MOST_BYTES // ((1 if grey else 3) * size**2)))
 
 
-def has(source: Source, split: str) -> bool:
+def has_split(source: Source, split: str) -> bool:
     """Whether there are images of `split`."""
     return (source.path / split).is_dir() if source.name == "folder" else split != "val"
 
@@ -296,7 +296,7 @@ def digest(source: Source) -> str | None:
         return None
     names = hashlib.sha256()
     for split in ("train", "val"):
-        for name in source.classes if has(source, split) else ():
+        for name in source.classes if has_split(source, split) else ():
             for path in image_files(source.path / split / name):
                 place = path.relative_to(source.path).as_posix()
                 names.update(f"{place}\0{path.stat().st_size}\n".encode())
@@ -312,7 +312,7 @@ def load_train(
     with `full_train`, or if the share is not one image of any class.
     """
     images, labels = load(source, "train")
-    if has(source, "val"):
+    if has_split(source, "val"):
         more, their = load(source, "val")
         train, val = torch.arange(len(labels)), torch.arange(len(labels), len(labels) + len(their))
         images, labels = torch.cat([images, more]), torch.cat([labels, their])
@@ -325,13 +325,13 @@ def load_train(
             )
     if full_train:
         train, val = torch.arange(len(labels)), None
-    if full_train or has(source, "val"):  # one's own images come class by class
+    if full_train or has_split(source, "val"):  # one's own images come class by class
         train = train[torch.randperm(len(train), generator=Generator().manual_seed(0))]
     kept = None if val is None or len(val) == 0 else (images[val], labels[val])
     return (images[train], labels[train]), kept
 
 
-def fit(images_u8: Tensor, size: int, grey: bool) -> Tensor:
+def resize(images_u8: Tensor, size: int, grey: bool) -> Tensor:
     """uint8 images (N, H, W) or (N, 3, H, W) as a network takes them: (N, size, size), by
     luminance, if it knows no colours, else (N, 3, size, size)."""
     if not grey and images_u8.dim() == 3:
@@ -413,7 +413,7 @@ def split_validation(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
 # --- image files --------------------------------------------------------------------------------
 
 
-def _own(folder: Path, image_size: int) -> Source:
+def _folder_source(folder: Path, image_size: int) -> Source:
     """One's own images: the classes are the folders in train/ (or test/), by name.
 
     They are grey if all image files of train/ are stored as grey.
@@ -495,9 +495,9 @@ def read_images(files: Sequence[Path], image_size: int, grey: bool) -> Tensor:
                 image = Image.alpha_composite(black, image)
             image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
             pixels = torch.from_numpy(np.array(image))
-        return fit((pixels if grey else pixels.permute(2, 0, 1))[None], image_size, grey)
+        return resize((pixels if grey else pixels.permute(2, 0, 1))[None], image_size, grey)
 
-    return torch.cat(_each(files, read))
+    return torch.cat(_map_files(files, read))
 
 
 def _check(image: Image.Image) -> None:
@@ -527,10 +527,10 @@ def check_files(files: Sequence[Path]) -> list[str]:
             _check(image)
             return image.mode
 
-    return _each(files, mode)
+    return _map_files(files, mode)
 
 
-def _each(files: Sequence[Path], work) -> list:
+def _map_files(files: Sequence[Path], work) -> list:
     """work(file) for all `files`; one DataError for all that it fails on."""
     done, bad = [], []
     for path in files:

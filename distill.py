@@ -23,17 +23,19 @@ from tqdm import tqdm
 
 import augment
 import models
-import parallel
 import prune
+import runtime
 from engine import plan, rewrite, training
 from engine.inference import SparseResNet
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
-PLAIN = 0.25  # share of the epochs, the last: whole images, mirrored at random, but not mixed
-CLIP = 1.0  # largest norm of the gradient
-AVERAGE, UPDATES = 0.03, 10  # the average of weights looks back this share of a training's steps
-FEW, SMALLEST = 16, 32  # while a pass has fewer steps, batches are halved, down to as many images
-REFRESH = 8  # batches from which BatchNorm statistics are taken anew after a cut
+UNAUGMENTED = 0.25  # fraction of the epochs, the last ones, on images that are only flipped
+MAX_GRAD_NORM = 1.0  # largest norm of the gradient
+EMA_HORIZON = 0.03  # fraction of a training's steps over which the EMA of the weights looks back
+EMA_UPDATES = 10  # updates of the EMA within its horizon
+MIN_STEPS = 16  # of a pass over the images: with fewer, batches are halved, ...
+MIN_BATCH_SIZE = 32  # ... down to this size
+BN_BATCHES = 8  # batches for BatchNorm recalibration after a pruning step
 
 
 # --- what is trained, and on what ---------------------------------------------------------------
@@ -88,7 +90,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Setup:
+class Context:
     """What all trainings of a run share: where they compute, and for which images."""
 
     device: torch.device
@@ -100,29 +102,29 @@ class Setup:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def frozen(self, model: nn.Module) -> nn.Module:
-        """A copy for fast forward passes only: without its zeros if that is faster, or as
-        `rewrite.frozen` makes it."""
-        # Channels without weights cost dense products nothing either: `rewrite.frozen` has none.
+        """An inference-only copy: a SparseResNet if skipping zeros is faster, else
+        `rewrite.inference_copy` (dense, BatchNorm folded)."""
+        # Compared on the trimmed model: the dense path has no empty channels either.
         trimmed = rewrite.trim_channels_(copy.deepcopy(model))
-        if plan.pays(trimmed, self.image_size, self.device):
+        if plan.sparse_is_faster(trimmed, self.image_size, self.device):
             return SparseResNet(rewrite.untrimmed(model), self.image_size, self.grey)
-        return rewrite.frozen(model, self.device, self.bf16, self.image_size)
+        return rewrite.inference_copy(model, self.device, self.bf16, self.image_size)
 
 
-def lengths(n: int, recipe: Recipe) -> tuple[int, int, int]:
+def batch_layout(n: int, recipe: Recipe) -> tuple[int, int, int]:
     """(images of a batch, steps of a pass over `n` images, passes of an epoch).
 
     What trains a network is steps. Recipes count epochs, so an epoch has a least number of steps.
     """
     batch_size = recipe.batch_size
-    while n // batch_size < FEW and batch_size >= 2 * SMALLEST:
+    while n // batch_size < MIN_STEPS and batch_size >= 2 * MIN_BATCH_SIZE:
         batch_size //= 2
     batch_size = min(batch_size, n)
     steps = n // batch_size
     return batch_size, steps, math.ceil(recipe.least_steps / steps)
 
 
-class Recorded:
+class CudaGraphed:
     """A function of tensors that a GPU of CUDA's is asked for with one launch.
 
     A step of these networks is hundreds of kernels, most of them sooner done than launched. The
@@ -138,7 +140,7 @@ class Recorded:
         self.function, self.calls, self.graph = function, 0, None
 
     def __call__(self, *inputs: Tensor):
-        if not inputs[0].is_cuda or parallel.processes() > 1:
+        if not inputs[0].is_cuda or runtime.world_size() > 1:
             return self.function(*inputs)
         self.calls += 1
         if self.calls <= self.FIRST:  # on another stream, as recording will be
@@ -165,12 +167,12 @@ class Teacher:
     Resampled crops cost little, a teacher's forward pass up to half of a step (as in FKD, arXiv
     2112.01528, where crops and logits are kept on disk). The mean of logits is that of several
     networks' answers which Hinton et al. call geometric (arXiv 1503.02531). `networks` as from
-    `Setup.frozen`.
+    `Context.frozen`.
     """
 
     def __init__(self, networks: list[nn.Module]):
         self.networks = networks
-        self.answer = Recorded(self._answer)
+        self.answer = CudaGraphed(self._answer)
         self.kept: dict[Hashable, Tensor] = {}
 
     def logits(self, images: Tensor, batch: Hashable = None) -> Tensor:
@@ -189,7 +191,7 @@ class Teacher:
         return torch.stack(answers).mean(0)
 
 
-class Images:
+class TrainingData:
     """The resident images of a run, and the batches that training sees of them.
 
     `images_u8` as in `models.normalize`, `labels` int64 (N,); `val` such a pair, or None; `flip`:
@@ -207,13 +209,13 @@ class Images:
     ):
         self.images_u8, self.labels, self.classes = images_u8, labels, classes
         self.recipe, self.val, self.flip = recipe, val, flip
-        self.batch_size, self.steps, self.passes = lengths(len(labels), recipe)
+        self.batch_size, self.steps, self.passes = batch_layout(len(labels), recipe)
 
     def epoch(
         self, epoch: int, epochs: int, generator: Generator
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches of one of `epochs`, of which the last see whole images."""
-        plain = is_plain(epoch, epochs)
+        plain = is_unaugmented(epoch, epochs)
         return chain.from_iterable(self.batches(generator, plain) for _ in range(self.passes))
 
     def batches(self, generator: Generator, plain: bool = False) -> Iterable[tuple[Tensor, Tensor]]:
@@ -253,19 +255,21 @@ def distillation_loss(
     return kd_weight * temperature**2 * divergence + (1 - kd_weight) * labels
 
 
-def is_plain(epoch: int, epochs: int) -> bool:
-    return epoch >= (1 - PLAIN) * epochs
+def is_unaugmented(epoch: int, epochs: int) -> bool:
+    return epoch >= (1 - UNAUGMENTED) * epochs
 
 
-def view_of(epoch: int, stage: Stage) -> int:
+def augment_epoch(epoch: int, stage: Stage) -> int:
     """The first epoch that shows the batches of `epoch`."""
-    first = math.ceil((1 - PLAIN) * stage.epochs) if is_plain(epoch, stage.epochs) else 0
+    first = (
+        math.ceil((1 - UNAUGMENTED) * stage.epochs) if is_unaugmented(epoch, stage.epochs) else 0
+    )
     return first + (epoch - first) % (stage.views or stage.epochs)
 
 
-def views(stage: Stage, done: int = 0) -> int:
+def distinct_epochs(stage: Stage, done: int = 0) -> int:
     """How many of a training's epochs show batches not seen before, after `done` epochs."""
-    return len({view_of(epoch, stage) for epoch in range(done, stage.epochs)})
+    return len({augment_epoch(epoch, stage) for epoch in range(done, stage.epochs)})
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -274,28 +278,28 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * rise * 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))
 
 
-class Network:
+class TrainState:
     """A network in training, with all that a step changes: what a checkpoint must hold.
 
     The average takes the weights in after each `average_every` steps of the training.
     """
 
-    def __init__(self, model: nn.Module, stage: Stage, setup: Setup, average_every: int = 16):
+    def __init__(self, model: nn.Module, stage: Stage, setup: Context, average_every: int = 16):
         self.stage, self.setup, self.average_every = stage, setup, average_every
         fixed = prune.count_fixed(model)
         model = rewrite.trim_channels_(rewrite.trim_(model, setup.image_size))
         self.left_out = fixed - prune.count_fixed(model)  # parameters, which count nevertheless
-        model = rewrite.speed_up_(model)
+        model = rewrite.use_matmul_convs_(model)
         self.model = model.to(setup.device, memory_format=torch.channels_last)
         self.trained = self.model
-        if parallel.processes() > 1:
-            parallel.synchronize_batchnorm_(self.model)
+        if runtime.world_size() > 1:
+            runtime.synchronize_batchnorm_(self.model)
             self.trained = DistributedDataParallel(self.model)
         self.average = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / UPDATES), use_buffers=True
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / EMA_UPDATES), use_buffers=True
         )
         self.masks: prune.Masks | None = None
-        self._recorded = Recorded(self._step)
+        self._recorded = CudaGraphed(self._step)
         self.sparse: training.SparseForward | None = None  # without the zeros, if faster
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[stage.optimizer]
         sgd, cuda = stage.optimizer == "sgd", setup.device.type == "cuda"
@@ -315,23 +319,25 @@ class Network:
         if self.masks is None:
             self._masked = [weights[name] for name in masks]
             self._factors = {name: torch.empty_like(weights[name]) for name in masks}
-            self._recorded = Recorded(self._step)  # to which masks are new
+            self._recorded = CudaGraphed(self._step)  # to which masks are new
         for name, mask in masks.items():
             self._factors[name].copy_(mask)
         self.masks = masks
         prune.apply_(self.model, masks)
         prune.apply_(self.average.module, masks)
-        if changed and parallel.processes() == 1:
-            self.sparse = training.pays(self.model, self.setup.image_size, self.setup.bf16)
+        if changed and runtime.world_size() == 1:
+            self.sparse = training.sparse_forward_if_faster(
+                self.model, self.setup.image_size, self.setup.bf16
+            )
 
     def cut(self, budget: int, images: Iterable[Tensor]) -> None:
         """Prune to `budget`, refresh BatchNorm's statistics on `images`, restart the average."""
         masks, kind = self.masks, (self.setup.image_size, self.setup.grey)
         if masks is None:
             if self.setup.grey:
-                prune.fold_equal_channels_(self.model)
-            masks = prune.all_useful(self.model, *kind)
-        self.set_masks(prune.choose(self.model, masks, budget - self.left_out, *kind))
+                prune.merge_grey_input_(self.model)
+            masks = prune.all_reachable(self.model, *kind)
+        self.set_masks(prune.choose_masks(self.model, masks, budget - self.left_out, *kind))
         with self.setup.autocast():
             update_bn(images, self.model)
         self.average.n_averaged.zero_()
@@ -369,7 +375,7 @@ class Network:
         if self.masks is not None:  # what was pruned must not decide how much is clipped
             factors = list(self._factors.values())
             torch._foreach_mul_([weight.grad for weight in self._masked], factors)
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -414,7 +420,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         for number in (signal.SIGINT, signal.SIGTERM):
-            if parallel.processes() == 1 and signal.getsignal(number) != signal.SIG_IGN:
+            if runtime.world_size() == 1 and signal.getsignal(number) != signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self._ask)
         return self
 
@@ -450,15 +456,15 @@ class Progress:
 
     def result(self) -> tuple[Tensor, float]:
         """Losses of all steps (steps,), on the CPU, and accuracy, over all processes."""
-        if parallel.processes() > 1:
+        if runtime.world_size() > 1:
             dist.all_reduce(self.losses)
-            self.losses /= parallel.processes()
+            self.losses /= runtime.world_size()
             self.accuracy.sync()
         return self.losses.cpu(), self.accuracy.compute().item()
 
 
 def train_epoch(
-    network: Network,
+    network: TrainState,
     batches: Iterable[tuple[Tensor, Tensor]],
     teacher: Teacher | None,
     rates: list[float],
@@ -478,7 +484,7 @@ def train_epoch(
     ten times.
     """
     network.model.train()
-    hidden = True if parallel.process() else None  # None: unless there is a terminal
+    hidden = True if runtime.rank() else None  # None: unless there is a terminal
     bar = tqdm(batches, title, len(rates), leave=False, disable=hidden)
     for step, (images, targets) in enumerate(bar):
         if step < progress.step:
@@ -486,7 +492,7 @@ def train_epoch(
         if stop.asked:
             bar.close()
             return
-        images, targets = parallel.share(images), parallel.share(targets)
+        images, targets = runtime.local_shard(images), runtime.local_shard(targets)
         teacher_logits = None
         if teacher is not None:
             teacher_logits = teacher.logits(images, None if view is None else (view, step))
@@ -507,8 +513,8 @@ def fit(
     part: Part,
     model: nn.Module,
     teachers: list[nn.Module],
-    images: Images,
-    setup: Setup,
+    images: TrainingData,
+    setup: Context,
     *,
     seed: int,
     saved: dict | None = None,
@@ -526,19 +532,19 @@ def fit(
     """
     stop, stage, steps = stop or Stop(), part.stage, images.passes * images.steps
     answers = Teacher(teachers) if teachers else None
-    average_every = max(1, round(AVERAGE * stage.epochs * steps / UPDATES))
-    network = Network(model, stage, setup, average_every)
+    average_every = max(1, round(EMA_HORIZON * stage.epochs * steps / EMA_UPDATES))
+    network = TrainState(model, stage, setup, average_every)
     first, within, best = 0, None, {"score": -1.0}
     if saved is not None:
         network.load_state_dict(saved["network"])
         first, within, best = saved["epoch"], saved["progress"], saved["best"]
-        parallel.say(
+        runtime.print_rank0(
             f"{part.title}: going on after {first} epochs{' and a part' if within else ''}"
         )
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         generator = Generator(setup.device)
-        view = view_of(epoch, stage)
+        view = augment_epoch(epoch, stage)
         generator.manual_seed((seed * 100 + part.number) * 100_000 + view)
         return images.epoch(view, stage.epochs, generator)
 
@@ -557,14 +563,14 @@ def fit(
             progress.load_state_dict(within)
             within = None
         elif epoch < len(part.cuts):
-            few = zip(range(REFRESH), batches(epoch), strict=False)
+            few = zip(range(BN_BATCHES), batches(epoch), strict=False)
             network.cut(part.cuts[epoch], [images for _, (images, _) in few])
         rates = [
             learning_rate(epoch * steps + step, stage.epochs * steps, stage.learning_rate)
             for step in range(steps)
         ]
         title = f"{part.title}, {epoch + 1}/{stage.epochs}"
-        before, view = epoch * steps, view_of(epoch, stage) if stage.views else None
+        before, view = epoch * steps, augment_epoch(epoch, stage) if stage.views else None
         train_epoch(network, batches(epoch), answers, rates, progress, stop, title, before, view)
         if progress.step < steps:
             save(state(epoch, progress), None)
@@ -597,7 +603,7 @@ def fit(
 
 
 def _better(
-    best: dict, epoch: int, network: Network, val: float | None, val_average: float | None
+    best: dict, epoch: int, network: TrainState, val: float | None, val_average: float | None
 ) -> dict:
     """`best`, or this epoch's weights or their average if validation prefers them.
 
@@ -628,13 +634,13 @@ def _say(part: Part, row: dict) -> None:
         val, average = row["val_accuracy"], row["val_accuracy_average"]
         shown = f"  val {val:.2%}  averaged {average:.2%}"
     epochs = f"{row['epoch']:4}/{part.stage.epochs}"
-    parallel.say(
+    runtime.print_rank0(
         f"{part.title:11}{epochs}  {row['parameters']:>10,} parameters  "
         f"loss {row['loss']:.4f}{shown}  {row['seconds']:.0f} s"
     )
 
 
-def validate(model: nn.Module, val: tuple[Tensor, Tensor] | None, setup: Setup) -> float | None:
+def validate(model: nn.Module, val: tuple[Tensor, Tensor] | None, setup: Context) -> float | None:
     """Accuracy on (images, labels) in the precision of training; None without images."""
     if val is None:
         return None

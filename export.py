@@ -11,7 +11,7 @@ meet padding. The C file has only the weights that are not zero. Both take uint8
 and give logits, which are compared with PyTorch's before the file gets its name.
 """
 
-import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
 import copy
@@ -33,7 +33,6 @@ import checkpoint
 import data
 import models
 import prune
-import shell
 from engine import c_source, rewrite
 
 TOLERANCE = 1e-4  # between PyTorch's logits and the export's, as a share of the largest
@@ -44,7 +43,7 @@ class ExportError(Exception):
     """The network cannot be exported; the message is one line for the user."""
 
 
-class Slim(nn.Module):
+class ExportModel(nn.Module):
     """A torchvision ResNet's function of uint8 images, without what cannot matter to it."""
 
     def __init__(self, model: nn.Module, image_size: int, grey: bool):
@@ -78,7 +77,7 @@ def to_onnx(module: nn.Module, example: Tensor) -> bytes:
     return file.getvalue()
 
 
-def run(onnx: bytes, images_u8: Tensor, batch: int = 250) -> tuple[Tensor, float]:
+def run_onnx(onnx: bytes, images_u8: Tensor, batch: int = 250) -> tuple[Tensor, float]:
     """Logits of an exported file by onnxruntime, and images per second."""
     import onnxruntime
 
@@ -90,7 +89,7 @@ def run(onnx: bytes, images_u8: Tensor, batch: int = 250) -> tuple[Tensor, float
     return torch.cat([torch.from_numpy(part) for part in parts]), len(images_u8) / seconds
 
 
-class Stock(nn.Module):
+class ReferenceModel(nn.Module):
     """The network as it is, of uint8 images: what the export is compared with."""
 
     def __init__(self, model: nn.Module):
@@ -143,12 +142,14 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
     """A network, what is known of it, and what it can be checked with: images, labels, what they
     are. The test images, or noise if they were somebody's own and are not given."""
     model, meta = checkpoint.load(args.weights, stem=args.stem)
-    assumed = checkpoint.complete_(meta, args.weights, args.image_size, args.colour, args.stem)
+    assumed = checkpoint.fill_missing_meta_(
+        meta, args.weights, args.image_size, args.colour, args.stem
+    )
     if assumed:
         print(f"export.py: {assumed}", file=sys.stderr)
     size, grey = meta["image_size"], meta["grey"]
     if args.data is not None or meta.get("dataset") in data.DATASETS:
-        source = data.find_for(args.weights, meta, args.data)
+        source = data.find_for_weights(args.weights, meta, args.data)
         return model, meta, *data.load(source, "test"), "test images"
     shape = (NOISE, size, size) if grey else (NOISE, 3, size, size)
     generator = torch.Generator().manual_seed(0)
@@ -166,13 +167,13 @@ def export_onnx(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed: uv run --group export ...") from None
     model, meta, images_u8, _, what = load(args)
-    slim = to_onnx(Slim(model, meta["image_size"], meta["grey"]).eval(), images_u8[:2])
-    logits, speed = run(slim, images_u8)
+    slim = to_onnx(ExportModel(model, meta["image_size"], meta["grey"]).eval(), images_u8[:2])
+    logits, speed = run_onnx(slim, images_u8)
     expected = models.infer(model, images_u8)
     difference = check(logits, expected)
     checkpoint.write(output, slim)
-    stock = to_onnx(Stock(model).eval(), images_u8[:2])
-    _, stock_speed = run(stock, images_u8)
+    stock = to_onnx(ReferenceModel(model).eval(), images_u8[:2])
+    _, stock_speed = run_onnx(stock, images_u8)
     say(
         output,
         f"{output}: {same(logits, expected)} {what} as in PyTorch, logits within {difference:.0e}\n"
@@ -242,8 +243,8 @@ def c_file(
     if bits < 32:  # rounded is what is used: dead taps and unused channels would set scales
         model = rewrite.untrimmed(rewrite.trim_(copy.deepcopy(model), size))
         if grey:
-            prune.fold_equal_channels_(model)
-        model = checkpoint.rounded(model, bits)
+            prune.merge_grey_input_(model)
+        model = checkpoint.fake_quantize(model, bits)
     return model, c_source.CSource(model, size, grey, name, bits, meta.get("classes", ()), notes)
 
 
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         "-w", "--weights", type=Path, required=True, metavar="FILE", help="weights of a ResNet"
     )
     parser.add_argument(
-        "-o", "--output", type=checkpoint.output, metavar="FILE",
+        "-o", "--output", type=checkpoint.output_path, metavar="FILE",
         help="default: FILE.onnx, FILE.c or FILE-<N>bit.pth, beside the weights; - for standard "
         "output",
     )  # fmt: skip
@@ -313,4 +314,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(shell.run(main))
+    sys.exit(runtime.run(main))

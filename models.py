@@ -81,7 +81,7 @@ def peak_memory_mb(device: torch.device) -> int | None:
     return round(peak / (1e6 if sys.platform == "darwin" else 1e3))  # bytes there, else kB
 
 
-def bf16_pays(device: torch.device) -> bool:
+def bf16_is_faster(device: torch.device) -> bool:
     """Whether the device multiplies matrices in bf16 clearly faster than in fp32: measured."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -8,7 +8,7 @@ are known, the accuracy. `-w` takes what train.py writes, and any state dict of 
 ResNet18 or ResNet50, plain or with the masks of torch.nn.utils.prune.
 """
 
-import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
 import csv
@@ -27,7 +27,6 @@ from tqdm import tqdm
 import checkpoint
 import data
 import models
-import shell
 from engine import plan
 
 SHEET = 64  # images that --show shows
@@ -63,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     checkpoint.add_image_flags(what)
     result = parser.add_argument_group("what is written")
     result.add_argument(
-        "-o", "--output", type=checkpoint.output, default="submission.csv", metavar="FILE",
+        "-o", "--output", type=checkpoint.output_path, default="submission.csv", metavar="FILE",
         help="CSV with the columns id,pred (default: submission.csv); - for standard output",
     )  # fmt: skip
     result.add_argument("--names", action="store_true", help="class names instead of numbers")
@@ -71,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--probs", action="store_true", help="a column more for the probability of each class"
     )
     result.add_argument(
-        "--show", type=checkpoint.output, metavar="FILE",
+        "--show", type=checkpoint.output_path, metavar="FILE",
         help=f"write a picture of the first {SHEET} images and their predictions (PNG)",
     )  # fmt: skip
     result.add_argument(
@@ -104,12 +103,15 @@ def choose_engine(
     """("dense" or "sparse", what runs the network)."""
     size, grey = meta.get("image_size", 28), meta.get("grey", True)
     if wanted == "auto":
-        wanted = "sparse" if plan.pays(model, size, device) else "dense"
+        wanted = "sparse" if plan.sparse_is_faster(model, size, device) else "dense"
     if wanted == "dense":
         return wanted, model
     for wrong, reason in (
         (device.type != "cpu", f"runs on the CPU, not on {device.type}"),
-        (size > plan.LARGEST, f"for images of up to {plan.LARGEST} pixels, not {size}"),
+        (
+            size > plan.MAX_IMAGE_SIZE,
+            f"for images of up to {plan.MAX_IMAGE_SIZE} pixels, not {size}",
+        ),
     ):
         if wrong:
             raise models.DeviceError(f"--engine sparse: {reason}")
@@ -145,7 +147,7 @@ def chunks(
     The id of an image file is its name (below its folder), that of an image in an IDX or .npy file
     its place, counted on over such files.
     """
-    counted, most = 0, data.most(image_size, grey)
+    counted, most = 0, data.chunk_size(image_size, grey)
     for path, files in found:
         for start in range(0, len(files), most):
             part = files[start : start + most]
@@ -154,14 +156,14 @@ def chunks(
         if not files:
             for images in data.stream(path, most):
                 ids = list(range(counted, counted + len(images)))
-                yield ids, data.fit(images, image_size, grey), None
+                yield ids, data.resize(images, image_size, grey), None
                 counted += len(images)
 
 
 def test_images(source: data.Source) -> Iterator[tuple[list, Tensor, Tensor]]:
     """(ids, images, labels) of the test images, some at a time. Raises DataError."""
     counted = 0
-    for images_u8, labels in data.pieces(source, "test"):
+    for images_u8, labels in data.iter_batches(source, "test"):
         yield list(range(counted, counted + len(labels))), images_u8, labels
         counted += len(labels)
 
@@ -171,7 +173,7 @@ def predict(args: argparse.Namespace) -> None:
     device = models.choose_device(args.device)
     model, meta = checkpoint.load(args.weights, device, args.stem)
     said = args.image_size, args.colour, args.stem
-    assumed = checkpoint.complete_(meta, args.weights, *said)
+    assumed = checkpoint.fill_missing_meta_(meta, args.weights, *said)
     size, grey, classes = meta["image_size"], meta["grey"], meta.get("classes")
     inputs = [args.weights, *args.images]
     if args.images:
@@ -179,8 +181,8 @@ def predict(args: argparse.Namespace) -> None:
         inputs += [file for _, files in found for file in files]
         parts = chunks(found, size, grey)
     else:
-        source = data.find_for(args.weights, meta, args.data)
-        inputs += data.files(source, "test")
+        source = data.find_for_weights(args.weights, meta, args.data)
+        inputs += data.source_files(source, "test")
         classes = classes or source.classes
         parts = test_images(source)
     classes = classes or [str(number) for number in range(meta["num_classes"])]
@@ -269,4 +271,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(shell.run(main))
+    sys.exit(runtime.run(main))

@@ -10,7 +10,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-CORE, FLOOR = 8, 64  # channels and weights of a layer that pruning leaves, see `core`
+MIN_CHANNELS = 8  # channels of a layer among which weights are protected, see `protected`
+MIN_WEIGHTS = 64  # protected weights of a layer
 
 Masks = dict[str, Tensor]  # bool, by the names and in the shapes of `weights`
 
@@ -40,7 +41,7 @@ def count_fixed(model: nn.Module) -> int:
     return total - sum(weight.numel() for weight in weights(model).values())
 
 
-def fold_equal_channels_(model: nn.Module) -> None:
+def merge_grey_input_(model: nn.Module) -> None:
     """Move the first convolution's weights into its first input channel; the others become zero.
 
     Grey images enter as equal channels, so no output changes (up to rounding), and two thirds of
@@ -52,7 +53,7 @@ def fold_equal_channels_(model: nn.Module) -> None:
         first[:, 1:] = 0
 
 
-def narrow_(model: nn.Module, share: float) -> None:
+def apply_width_(model: nn.Module, share: float) -> None:
     """Zero all but this share of each layer's channels, the first, in a new network.
 
     What is left is a narrower network (in multiples of 8 channels), initialised as such. Its
@@ -102,7 +103,7 @@ def path_gradients(model: nn.Module, values: dict[str, Tensor], image_size: int,
     return dict(zip(parameters, gradients, strict=True))
 
 
-def useful(model: nn.Module, masks: Masks, image_size: int, grey: bool) -> Masks:
+def reachable(model: nn.Module, masks: Masks, image_size: int, grey: bool) -> Masks:
     """The masked weights that can matter: those on a path of masked weights from input to logit.
 
     Left out are kernel taps that only ever meet padding, input channels that grey images leave
@@ -112,45 +113,46 @@ def useful(model: nn.Module, masks: Masks, image_size: int, grey: bool) -> Masks
     return {name: mask & (gradients[name] > 0).to(mask.device) for name, mask in masks.items()}
 
 
-def all_useful(model: nn.Module, image_size: int, grey: bool) -> Masks:
+def all_reachable(model: nn.Module, image_size: int, grey: bool) -> Masks:
     """Masks of all weights that can matter in the dense network; where pruning starts."""
     dense = {name: torch.ones_like(weight, dtype=bool) for name, weight in weights(model).items()}
-    return useful(model, dense, image_size, grey)
+    return reachable(model, dense, image_size, grey)
 
 
-def core(model: nn.Module, masks: Masks) -> Masks:
-    """The floor: what every layer keeps, however small the budget.
+def protected(model: nn.Module, masks: Masks) -> Masks:
+    """Weights that are never pruned, so that no layer is cut off.
 
-    Between each of the first `CORE` input and output channels of a layer (all classes, in the last)
-    the largest weight of a kernel's taps, and the largest others among these up to `FLOOR` in all.
-    The same channels in all layers: the floors make up a small, densely connected network.
+    In each layer, only the first 8 input and 8 output channels are considered (in the classifier:
+    all outputs). Every such channel pair keeps its largest kernel weight; if that is fewer than 64
+    weights, the largest others in the block are added. Using the same 8 channels everywhere makes
+    the protected weights a connected network.
     """
     floors = {}
     for name, weight in weights(model).items():
         block = torch.zeros_like(masks[name])
-        outputs = CORE if weight.dim() == 4 else len(weight)  # every class keeps its share
-        block[:outputs, :CORE] = masks[name][:outputs, :CORE]
+        outputs = MIN_CHANNELS if weight.dim() == 4 else len(weight)  # every class keeps its share
+        block[:outputs, :MIN_CHANNELS] = masks[name][:outputs, :MIN_CHANNELS]
         scores = weight.detach().abs().masked_fill(~block, -1).reshape(*weight.shape[:2], -1)
         best = torch.zeros_like(scores, dtype=bool)
         best.scatter_(2, scores.argmax(2, keepdim=True), True)
         best = best.reshape(block.shape) & block
-        rest = FLOOR - int(best.sum())
+        rest = MIN_WEIGHTS - int(best.sum())
         floors[name] = best | _largest(weight.detach().abs(), block & ~best, max(rest, 0))
     return floors
 
 
 def budget_range(model: nn.Module, image_size: int, grey: bool) -> tuple[int, int]:
     """Smallest and largest budget that `choose` can meet from the weights that are not zero."""
-    masks = all_useful(model, image_size, grey)
+    masks = all_reachable(model, image_size, grey)
     masks = {name: masks[name] & (weight != 0) for name, weight in weights(model).items()}
     smallest, largest = (
         count_fixed(model) + sum(int(mask.sum()) for mask in part.values())
-        for part in (core(model, masks), masks)
+        for part in (protected(model, masks), masks)
     )
     return smallest, largest
 
 
-def choose(model: nn.Module, masks: Masks, budget: int, image_size: int, grey: bool) -> Masks:
+def choose_masks(model: nn.Module, masks: Masks, budget: int, image_size: int, grey: bool) -> Masks:
     """Masks, within `masks`, that leave exactly `budget` parameters, all of them useful.
 
     Kept are the floors (see `core`) and then the largest magnitudes over all layers. Such a choice
@@ -161,9 +163,9 @@ def choose(model: nn.Module, masks: Masks, budget: int, image_size: int, grey: b
     """
     keep = budget - count_fixed(model)
     magnitudes = {name: weight.detach().abs() for name, weight in weights(model).items()}
-    chosen = _fill(magnitudes, core(model, masks), masks, keep)
+    chosen = _fill(magnitudes, protected(model, masks), masks, keep)
     while True:
-        kept = useful(model, chosen, image_size, grey)
+        kept = reachable(model, chosen, image_size, grey)
         if all(torch.equal(kept[name], chosen[name]) for name in chosen):
             return chosen
         addable = {
@@ -209,12 +211,12 @@ def apply_(model: nn.Module, masks: Masks) -> None:
             weight.masked_fill_(~masks[name], 0)
 
 
-def ladder(start: int, budget: int, cuts: int) -> list[int]:
+def geometric_schedule(start: int, budget: int, cuts: int) -> list[int]:
     """`cuts` shrinking budgets from below `start` to exactly `budget`, each the same share off."""
     return [round(start * (budget / start) ** (cut / cuts)) for cut in range(1, cuts + 1)]
 
 
-def masked(model: nn.Module) -> nn.Module:
+def with_masks(model: nn.Module) -> nn.Module:
     """A copy with `torch.nn.utils.prune` masks on whatever is not zero, as torchinfo counts it."""
     from torch.nn.utils import prune as torch_prune
 

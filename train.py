@@ -12,7 +12,7 @@ with a run that was stopped. Validation images, held out of the training set, ch
 is measured once, at the end.
 """
 
-import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
 import contextlib
@@ -33,10 +33,8 @@ import checkpoint
 import data
 import distill
 import models
-import parallel
 import prune
-import shell
-from distill import Part, Recipe, Setup, Stage, Stop
+from distill import Context, Part, Recipe, Stage, Stop
 from runlog import record, report
 from runlog.record import Run, UsageError
 
@@ -129,7 +127,7 @@ def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
     rounds, shares = len(recipe.pruned), [stage.share or stage.cuts for stage in recipe.pruned]
     ends = recipe.budgets
     if not ends:
-        steps = prune.ladder(largest, budget, sum(shares))
+        steps = prune.geometric_schedule(largest, budget, sum(shares))
         ends = tuple(steps[sum(shares[: n + 1]) - 1] for n in range(rounds))
     dense = ("teacher", recipe.teacher), ("student", recipe.student)
     parts = [Part(name, of, n, f"{name}.pth") for n, (name, of) in enumerate(dense) if of]
@@ -137,7 +135,7 @@ def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
         zip(recipe.pruned, (largest, *ends)[:rounds], ends, strict=True)
     ):
         file = "pruned_resnet18.pth" if n == rounds - 1 else f"pruned_resnet18-{end}.pth"
-        ladder = tuple(prune.ladder(start, end, stage.cuts))
+        ladder = tuple(prune.geometric_schedule(start, end, stage.cuts))
         parts.append(Part("pruned", stage, 2 + n, file, ladder, n + 1, rounds))
     return parts
 
@@ -151,7 +149,7 @@ def prepare(
     device: torch.device,
     full_train: bool = False,
     flip: bool = True,
-) -> tuple[distill.Images, Setup]:
+) -> tuple[distill.TrainingData, Context]:
     """The images on the device, split into training and validation, or all for training."""
     (images_u8, labels), val = data.load_train(source, full_train)
     images_u8, labels = images_u8[: recipe.images].to(device), labels[: recipe.images].to(device)
@@ -161,8 +159,8 @@ def prepare(
         most = recipe.images // 5 if recipe.images else len(val[1])
         every = math.ceil(len(val[1]) / most)
         val = val[0][::every].to(device), val[1][::every].to(device)
-    images = distill.Images(images_u8, labels, len(source.classes), recipe, val, flip)
-    return images, Setup(device, models.bf16_pays(device), source.image_size, source.grey)
+    images = distill.TrainingData(images_u8, labels, len(source.classes), recipe, val, flip)
+    return images, Context(device, models.bf16_is_faster(device), source.image_size, source.grey)
 
 
 def build(stage: str, settings: dict, classes: int) -> nn.Module:
@@ -172,7 +170,7 @@ def build(stage: str, settings: dict, classes: int) -> nn.Module:
     imagenet = settings["imagenet"] and stage == "student"
     model = models.build(arch, classes, imagenet, settings["stem"])
     if not imagenet:
-        prune.narrow_(model, settings["recipe"]["width"])
+        prune.apply_width_(model, settings["recipe"]["width"])
     return model
 
 
@@ -199,15 +197,15 @@ def teachers_of(run: Run, part: Part, parts: list[Part]) -> list[Path]:
 def train(
     run: Run,
     parts: list[Part],
-    images: distill.Images,
-    setup: Setup,
+    images: distill.TrainingData,
+    setup: Context,
     source: data.Source,
     stop: Stop,
 ) -> None:
     """All parts that are not finished yet."""
     teachers, taught_by, before = [], [], next(iter(run.given("student")), None)
     for part in parts:
-        parallel.wait()  # until process 0 has written the part before
+        runtime.barrier()  # until process 0 has written the part before
         path = run.path(part)
         if not path.exists():
             learns_from = teachers_of(run, part, parts)
@@ -229,13 +227,13 @@ def train(
                 save=functools.partial(run.save, part),
                 stop=stop,
             )
-            if parallel.process() == 0:
+            if runtime.rank() == 0:
                 keep(run, part, model, images, source)
         before = path
 
 
 def keep(
-    run: Run, part: Part, model: nn.Module, images: distill.Images, source: data.Source
+    run: Run, part: Part, model: nn.Module, images: distill.TrainingData, source: data.Source
 ) -> None:
     """Write a finished network, with what is known of it."""
     val = None
@@ -260,16 +258,16 @@ def keep(
     checkpoint.save(run.path(part), model, meta)
 
 
-def announce(run: Run, parts: list[Part], images: distill.Images, setup: Setup) -> None:
+def announce(run: Run, parts: list[Part], images: distill.TrainingData, setup: Context) -> None:
     """Device, recipe, epochs and, from a few measured steps, the expected time."""
     device, precision = models.device_name(setup.device), "bf16" if setup.bf16 else "fp32"
-    parallel.say(f"device {device}, {precision}, run {run.folder}")
+    runtime.print_rank0(f"device {device}, {precision}, run {run.folder}")
     recipe, seed = run.settings["recipe_name"], run.settings["seed"]
     shown = f"{len(images.labels):,} images{'' if images.flip else ', never mirrored'}"
     shown += f", {images.passes} times an epoch" if images.passes > 1 else ""
     shown += f", batches of {images.batch_size}"
     shown += ", none for validation" if images.val is None else ""
-    parallel.say(f"recipe {recipe}, seed {seed}, {shown}")
+    runtime.print_rank0(f"recipe {recipe}, seed {seed}, {shown}")
     seconds = measure(run, parts, images, setup)
     total = 0.0
     for stage in seconds:
@@ -277,17 +275,17 @@ def announce(run: Run, parts: list[Part], images: distill.Images, setup: Setup) 
         done = {part: run.epochs_done(part) for part in ours}
         step, answer = seconds[stage]
         epochs = sum(part.stage.epochs - done[part] for part in ours)
-        asked = sum(distill.views(part.stage, done[part]) for part in ours)
+        asked = sum(distill.distinct_epochs(part.stage, done[part]) for part in ours)
         minutes = (epochs * step + asked * answer) * images.passes * images.steps / 60
         total += minutes
         listed = " + ".join(str(part.stage.epochs) for part in ours)
         known = f" ({sum(done.values())} are done)" if any(done.values()) else ""
-        parallel.say(f"  {stage:8} {listed} epochs{known}, about {minutes:.1f} minutes")
-    parallel.say(f"  in all about {total:.1f} minutes")
+        runtime.print_rank0(f"  {stage:8} {listed} epochs{known}, about {minutes:.1f} minutes")
+    runtime.print_rank0(f"  in all about {total:.1f} minutes")
 
 
 def measure(
-    run: Run, parts: list[Part], images: distill.Images, setup: Setup
+    run: Run, parts: list[Part], images: distill.TrainingData, setup: Context
 ) -> dict[str, tuple[float, float]]:
     """Seconds that a training step, and the teacher's answer, take in each stage, on networks
     thrown away."""
@@ -304,14 +302,14 @@ def measure(
         if part.round > 1:
             continue
         stage = "teacher" if part.name == "teacher" else "student"
-        network = distill.Network(networks_of(stage)[0], part.stage, setup)
+        network = distill.TrainState(networks_of(stage)[0], part.stage, setup)
         if run.given(stage):  # what is zero already costs nothing
             network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         network.model.train()
         taught = part.name == "pruned" or (part.name, teaches) == ("student", "teacher")
         steps, answers = [], []
         batches = images.batches(Generator(setup.device).manual_seed(0))
-        enough = 2 * distill.Recorded.FIRST + 3 if setup.device.type == "cuda" else 5
+        enough = 2 * distill.CudaGraphed.FIRST + 3 if setup.device.type == "cuda" else 5
         for _, (batch, targets) in zip(range(enough), batches, strict=False):
             began = time.perf_counter()
             logits = teacher.logits(batch) if taught else None
@@ -404,33 +402,35 @@ def start(args: argparse.Namespace) -> None:
     device = models.choose_device(args.device)
     source = data.find(args.data, args.dataset, args.image_size)
     name, settings, largest = check(args, source)
-    if parallel.process() > 0:
-        parallel.wait()  # until process 0 has the folder
-    with record.lock(record.RUNS / name) if parallel.process() == 0 else contextlib.nullcontext():
+    if runtime.rank() > 0:
+        runtime.barrier()  # until process 0 has the folder
+    with record.lock(record.RUNS / name) if runtime.rank() == 0 else contextlib.nullcontext():
         recipe = RECIPES[args.recipe]
         images, setup = prepare(source, recipe, device, args.full_train, settings["flip"])
         machine = {
             "kind": device.type,
             "threads": torch.get_num_threads(),
-            "processes": parallel.processes(),
+            "processes": runtime.world_size(),
         }
         run = Run(record.RUNS / name, settings, machine, setup.bf16)
         if run.record["machine"]["kind"] == device.type:  # as measured when the run was begun
             setup = replace(setup, bf16=run.record["bf16"])
-        if parallel.process() == 0:
-            parallel.wait()
+        if runtime.rank() == 0:
+            runtime.barrier()
         if run.finished:
-            parallel.say(f"{run.folder}: this run is finished; --name or --seed starts another")
+            runtime.print_rank0(
+                f"{run.folder}: this run is finished; --name or --seed starts another"
+            )
         else:
             parts = plan(recipe, largest, settings["budget"])
             parts = [part for part in parts if not settings.get(part.name)]
             announce(run, parts, images, setup)
             with Stop() as stop:
                 train(run, parts, images, setup, source, stop)
-            if parallel.process() == 0:
-                report.finish(run, parts, images, setup, source)
-        if parallel.process() == 0:
-            report.show(run)
+            if runtime.rank() == 0:
+                report.write_report(run, parts, images, setup, source)
+        if runtime.rank() == 0:
+            report.print_summary(run)
 
 
 def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int]:
@@ -446,7 +446,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
     if Path(name).name != name or name in (".", ".."):
         raise UsageError(f"--name {name}: a name, not a path")
     (_, labels), _ = data.load_train(source, args.full_train)
-    if data.has(source, "test"):
+    if data.has_split(source, "test"):
         data.load(source, "test")
     classes = len(source.classes)
     try:
@@ -458,7 +458,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
             weight.fill_(1)  # a random one can be 0.0, and the plan would be another next time
     recipe = RECIPES[args.recipe]
     if not args.imagenet:
-        prune.narrow_(probe, recipe.width)
+        prune.apply_width_(probe, recipe.width)
     if recipe.budgets and args.budget is not None:
         raise UsageError(f"--budget {args.budget}: the recipe {args.recipe} has its own budgets")
     budgets = recipe.budgets or (100_000 if args.budget is None else args.budget,)
@@ -490,10 +490,10 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
             )
     elif recipe.student is None:
         raise UsageError(f"--recipe {args.recipe}: needs a network to go on from, --student FILE")
-    batch_size, _, _ = distill.lengths(len(labels[: recipe.images]), recipe)
-    if batch_size % parallel.processes():
+    batch_size, _, _ = distill.batch_layout(len(labels[: recipe.images]), recipe)
+    if batch_size % runtime.world_size():
         raise UsageError(
-            f"{parallel.processes()} processes cannot share batches of {batch_size} equally"
+            f"{runtime.world_size()} processes cannot share batches of {batch_size} equally"
         )
     settings = {
         "recipe": asdict(recipe),
@@ -504,7 +504,7 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
         **files,
         "imagenet": args.imagenet,
         "full_train": args.full_train,
-        "flip": source.name in data.MIRRORED and not args.no_flip,
+        "flip": source.name in data.FLIPPABLE and not args.no_flip,
         "dataset": source.name if source.name != "folder" else str(source.path.resolve()),
         "image_size": source.image_size,
         "grey": source.grey,
@@ -519,7 +519,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        with parallel.joined(args.device):
+        with runtime.process_group(args.device):
             start(args)
     except (
         UsageError,
@@ -527,7 +527,7 @@ def main(argv: list[str] | None = None) -> int:
         data.DataError,
         checkpoint.CheckpointError,
         prune.BudgetError,
-        parallel.ParallelError,
+        runtime.ParallelError,
     ) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -543,4 +543,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(shell.run(main))
+    sys.exit(runtime.run(main))

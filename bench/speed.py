@@ -7,7 +7,7 @@ Prints a table for each part and ends with one line of JSON. What is compared ru
 a machine that slows down slows down all; shown are medians, and the JSON holds the spread as well.
 """
 
-import openmp  # isort: skip  # before torch, which reads what it sets
+import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
 import json
@@ -37,7 +37,6 @@ import distill
 import export
 import models
 import prune
-import shell
 import train
 from engine import inference, rewrite
 from runlog import record
@@ -94,7 +93,7 @@ class Figures:
 def engines(model: nn.Module, device: torch.device, example: Tensor) -> dict[str, Callable]:
     """What runs the network, by name: each takes float32 images (N, 3, H, H), gives logits."""
     fp32 = model.to(device)
-    bf16 = rewrite.frozen(model, device, True, example.shape[-1])
+    bf16 = rewrite.inference_copy(model, device, True, example.shape[-1])
     made: dict[str, Callable] = {
         "dense_fp32": fp32,
         "dense_bf16": lambda images: bf16(images.to(torch.bfloat16)),
@@ -203,8 +202,8 @@ def ways(weights: Path, source: data.Source) -> Figures:
     else:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        slim = export.Slim(model, size, meta.get("grey", True)).eval()
-        for name, module in (("onnx", slim), ("onnx stock", export.Stock(model).eval())):
+        slim = export.ExportModel(model, size, meta.get("grey", True)).eval()
+        for name, module in (("onnx", slim), ("onnx stock", export.ReferenceModel(model).eval())):
             file = export.to_onnx(module, images_u8[:2])
             session = onnxruntime.InferenceSession(file, options)
             results.add([len(file)], name, "bytes")
@@ -288,9 +287,9 @@ def training(source: data.Source, device: torch.device) -> Figures:
 
     plain_teacher = models.build("resnet50", images.classes).to(device).eval()
     teacher = setup.frozen(plain_teacher)
-    network = distill.Network(models.build("resnet18", images.classes), stage, setup)
+    network = distill.TrainState(models.build("resnet18", images.classes), stage, setup)
     network.cut(100_000, [])
-    bare = distill.Network(models.build("resnet18", images.classes), stage, setup)
+    bare = distill.TrainState(models.build("resnet18", images.classes), stage, setup)
     fixed, targets = next(iter(batches()))
 
     def ours() -> None:
@@ -334,7 +333,11 @@ class UsualLoop:
     networks in fp32, masks from torch.nn.utils.prune, metrics read at each step."""
 
     def __init__(
-        self, images: distill.Images, stage: distill.Stage, device: torch.device, teacher: nn.Module
+        self,
+        images: distill.TrainingData,
+        stage: distill.Stage,
+        device: torch.device,
+        teacher: nn.Module,
     ):
         recipe = images.recipe
         self.device, self.stage, self.teacher = device, stage, teacher
@@ -363,7 +366,7 @@ class UsualLoop:
             collate_fn=Collate(transform),
         )
         model = models.build("resnet18", images.classes).to(device)
-        self.model = prune.masked(model)
+        self.model = prune.with_masks(model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
@@ -384,7 +387,7 @@ class UsualLoop:
             loss = distill.distillation_loss(logits, teacher_logits, targets, *kd)
             self.optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), distill.CLIP)
+            nn.utils.clip_grad_norm_(self.model.parameters(), distill.MAX_GRAD_NORM)
             self.optimizer.step()
             loss.item(), self.accuracy(logits, labels).item()
 
@@ -488,15 +491,20 @@ def start(weights: Path, source: data.Source) -> Figures:
 
 def shared() -> Figures:
     """Milliseconds of a training step and of dense inference, alone and beside one busy process,
-    with our waiting policy (openmp.py) and with OpenMP's own."""
-    others = {name: value for name, value in os.environ.items() if name not in openmp.NAMES}
+    with our waiting policy (runtime.py) and with OpenMP's own."""
+    others = {
+        name: value for name, value in os.environ.items() if name not in runtime.OPENMP_VARIABLES
+    }
     child = [sys.executable, "-c", "from bench import speed; speed.steps()"]
     busy = [sys.executable, "-c", "while True: pass"]
     results = Figures()
     print(f"\n{'ms':36}{'step':>9}{'batch 1':>9}{'batch 256':>11}")
     for state in ("quiet", "busy"):
-        # LLVM's default, so that openmp.py finds a policy that was chosen, and leaves GNU's alone.
-        for policy, more in (("ours", openmp.WAITING), ("default", {"KMP_BLOCKTIME": "200"})):
+        # LLVM's default, so that runtime.py finds a policy that was chosen, and leaves GNU's alone.
+        for policy, more in (
+            ("ours", runtime.OPENMP_WAITING),
+            ("default", {"KMP_BLOCKTIME": "200"}),
+        ):
             # In a session of its own, or the scheduler counts it and us as one.
             beside = subprocess.Popen(busy, start_new_session=True) if state == "busy" else None
             try:
@@ -511,15 +519,17 @@ def shared() -> Figures:
             for name, figures in row.items():
                 results.add(figures, policy, state, name, digits=1)
             row = results.medians[policy][state].values()
-            title = f"{state}, {'openmp.py' if policy == 'ours' else 'as OpenMP waits by itself'}"
+            title = f"{state}, {'runtime.py' if policy == 'ours' else 'as OpenMP waits by itself'}"
             print(f"{title:36}" + "".join(f"{ms:>9,.1f}" for ms in row), flush=True)
     return results
 
 
 def steps() -> None:
     """Print milliseconds of single steps and forward passes of a ResNet18, at most 15 s of each."""
-    setup = distill.Setup(torch.device("cpu"), models.bf16_pays(torch.device("cpu")), 28, True)
-    network = distill.Network(models.build("resnet18", 10), distill.Stage(1), setup)
+    setup = distill.Context(
+        torch.device("cpu"), models.bf16_is_faster(torch.device("cpu")), 28, True
+    )
+    network = distill.TrainState(models.build("resnet18", 10), distill.Stage(1), setup)
     network.model.train()
     model = models.build("resnet18", 10).eval()
     images = models.normalize(torch.randint(256, (256, 28, 28), dtype=torch.uint8))
@@ -599,4 +609,4 @@ def all_parts(flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(shell.run(main))
+    sys.exit(runtime.run(main))

@@ -6,7 +6,7 @@
 What it writes is checked by tests/test_project.py: no figure in a table is typed.
 """
 
-import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
+import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
 import csv
@@ -20,7 +20,6 @@ import torchinfo
 
 import checkpoint
 import prune
-import shell
 import train
 from runlog import plots, record
 
@@ -120,7 +119,7 @@ def layers_table() -> list[str]:
     rows["BatchNorm, and the bias of fc"] = rows.pop("biases")
     totals, work = [], []
     for model in models:
-        summary = torchinfo.summary(prune.masked(model), (1, 3, 28, 28), verbose=0)
+        summary = torchinfo.summary(prune.with_masks(model), (1, 3, 28, 28), verbose=0)
         totals += [
             f"**{summary.total_params:,}**",
             f"{sum(p.numel() for p in model.parameters()):,}",
@@ -323,4 +322,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(shell.run(main))
+    sys.exit(runtime.run(main))

@@ -29,7 +29,7 @@ class CSource:
     """The C file of a torchvision ResNet for square images of `image_size` pixels.
 
     `bits`: 32 for float weights; 16, or 2 to 8, for integers with a scale for each output channel,
-    exact for weights that `checkpoint.rounded` gave (the first layer's stay floats). `classes` are
+    exact for weights of `checkpoint.fake_quantize` (the first layer's stay floats). `classes` are
     names, of any characters. `notes` are lines for the comment at the top, and nothing that a file
     says of itself.
     """

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import prune
 from engine import rewrite
 
-LARGEST = 64  # pixels a side of the images for `inference.py`, whose code has every position
-PAYS = 1 / 4  # of the weights that meet a map: with more, dense products are as fast
+MAX_IMAGE_SIZE = 64  # pixels a side of the images for `inference.py`, whose code has every position
+MAX_DENSITY = 1 / 4  # of the weights that meet a map: with more, dense products are as fast
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def product(
     # With few vectors a register would wait for its own last sum: several sums take turns.
     unroll = 4 if len(vectors) == 1 else 2 if len(vectors) <= 4 else 1
     kernel = weight.shape[-1]
-    low, high = rewrite.live_taps(source.size, kernel, stride, padding)
+    low, high = rewrite.live_positions(source.size, kernel, stride, padding)
     live = torch.zeros_like(weight)
     live[:, :, low:high, low:high] = weight[:, :, low:high, low:high]
     o, c, ky, kx = live.nonzero(as_tuple=True)
@@ -162,17 +162,17 @@ def product(
     return Product(name, source, target, vectors, *rows, unroll=unroll, **options)
 
 
-def pays(model: nn.Module, image_size: int, device: torch.device) -> bool:
+def sparse_is_faster(model: nn.Module, image_size: int, device: torch.device) -> bool:
     """Whether skipping the zeros is faster than multiplying them: for few weights, on the CPU."""
-    if device.type != "cpu" or image_size > LARGEST:
+    if device.type != "cpu" or image_size > MAX_IMAGE_SIZE:
         return False
     live = 0.0
-    for name, size in rewrite.sides(model, image_size).items():
+    for name, size in rewrite.input_sizes(model, image_size).items():
         conv = model.get_submodule(name)
         kernel = conv.kernel_size[0]
-        low, high = rewrite.live_taps(size, kernel, conv.stride[0], conv.padding[0])
+        low, high = rewrite.live_positions(size, kernel, conv.stride[0], conv.padding[0])
         live += conv.weight.numel() * ((high - low) / kernel) ** 2
-    return sum(int(w.count_nonzero()) for w in prune.weights(model).values()) < PAYS * live
+    return sum(int(w.count_nonzero()) for w in prune.weights(model).values()) < MAX_DENSITY * live
 
 
 class Plan:
@@ -253,12 +253,12 @@ class Plan:
         conv, pool = model.conv1, model.maxpool
         if channels == 1:  # three equal channels are one, with the sum of their weights
             conv.weight = nn.Parameter(conv.weight.sum(1, keepdim=True), requires_grad=False)
-        size = rewrite.side(conv, self.image.size)
+        size = rewrite.output_size(conv, self.image.size)
         if isinstance(pool, nn.Identity):
             target = self._map(conv.out_channels, size, 1)
             self._conv("conv1", conv, self.image, target, relu=True)
             return target
-        target = self._map(conv.out_channels, rewrite.side(pool, size), 1)
+        target = self._map(conv.out_channels, rewrite.output_size(pool, size), 1)
         # Each channel goes through the pool before the next is made. After the ReLU, a border of
         # zeros is as good as none.
         one = self._map(1, size, pool.padding)
@@ -276,7 +276,7 @@ class Plan:
         self._splits.clear()
         size, source = x.size, x
         for index, (conv_name, conv) in enumerate(convs[:-1]):
-            size = rewrite.side(conv, size)
+            size = rewrite.output_size(conv, size)
             key = index, conv.out_channels, size
             if key not in self._middle:
                 self._middle[key] = self._map(conv.out_channels, size, int(size > 1))

@@ -25,7 +25,7 @@ BLOCK = 16  # channels that onnxruntime computes together; it is slow with other
 # --- taps and channels that cannot matter ---------------------------------------------------------
 
 
-def side(layer: nn.Module, size: int) -> int:
+def output_size(layer: nn.Module, size: int) -> int:
     """Side of the (square) map that a convolution or max-pool makes of one of `size`."""
     if isinstance(layer, nn.Identity):
         return size
@@ -36,10 +36,10 @@ def side(layer: nn.Module, size: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def sides(model: nn.Module, image_size: int) -> dict[str, int]:
+def input_sizes(model: nn.Module, image_size: int) -> dict[str, int]:
     """Side of the map that each convolution of a torchvision ResNet reads, by its name."""
     found = {"conv1": image_size}
-    size = side(model.maxpool, side(model.conv1, image_size))
+    size = output_size(model.maxpool, output_size(model.conv1, image_size))
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         for index, block in enumerate(model.get_submodule(stage)):
             if block.downsample is not None:
@@ -47,11 +47,11 @@ def sides(model: nn.Module, image_size: int) -> dict[str, int]:
             for name, conv in block.named_children():
                 if name.startswith("conv"):
                     found[f"{stage}.{index}.{name}"] = size
-                    size = side(conv, size)
+                    size = output_size(conv, size)
     return found
 
 
-def live_taps(size: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
+def live_positions(size: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
     """The kernel taps [first, last) along one axis that meet the map and not only its padding."""
     outputs = (size + 2 * padding - kernel) // stride + 1
     taps = [
@@ -69,11 +69,11 @@ def trim_(model: nn.Module, image_size: int) -> nn.Module:
     one without padding: at 28x28, layer4's 3x3 kernels become 2x2 and 1x1, and with them go 62 % of
     ResNet18's weights, which no step has to clip, update or mask any more.
     """
-    for name, size in sides(model, image_size).items():
+    for name, size in input_sizes(model, image_size).items():
         conv = model.get_submodule(name)
         kernel, padding = conv.kernel_size[0], conv.padding[0]
-        low, high = live_taps(size, kernel, conv.stride[0], padding)
-        if side(conv, size) == 1 and high - low < kernel:
+        low, high = live_positions(size, kernel, conv.stride[0], padding)
+        if output_size(conv, size) == 1 and high - low < kernel:
             _set_kernel_(conv, conv.weight.detach()[:, :, low:high, low:high].clone(), 0)
             conv.stock = kernel, padding
     return model
@@ -217,7 +217,7 @@ class _Conv2dMatmulWeightGrad(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-def speed_up_(model: nn.Module) -> nn.Module:
+def use_matmul_convs_(model: nn.Module) -> nn.Module:
     """Make the convolutions of a torchvision ResNet `MatmulConv2d`; parameters and names stay."""
     for module in model.modules():
         if type(module) is nn.Conv2d:
@@ -247,10 +247,12 @@ def _followed_by_norms(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return [(a, b) for a, b in itertools.pairwise(layers) if isinstance(b, nn.BatchNorm2d)]
 
 
-def frozen(model: nn.Module, device: torch.device, bf16: bool, image_size: int) -> nn.Module:
+def inference_copy(
+    model: nn.Module, device: torch.device, bf16: bool, image_size: int
+) -> nn.Module:
     """A copy for fast forward passes only: BatchNorm folded, no gradients, all in bf16 or fp32."""
     model = trim_channels_(trim_(fold_batchnorm(model), image_size))
-    model = speed_up_(model).requires_grad_(False)
+    model = use_matmul_convs_(model).requires_grad_(False)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return model.to(device, dtype, memory_format=torch.channels_last)
 

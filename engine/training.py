@@ -24,7 +24,7 @@ from engine import llvm_gradients, llvm_source, plan, rewrite
 from engine.plan import Map
 
 # Of the dense network's multiply-adds; with more, that is as fast: in fp32, in bf16.
-PAYS = 1 / 4, 1 / 8
+MAX_MAC_RATIO = 1 / 4, 1 / 8
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Unit:
         weight = conv.weight.detach()
         self.channels, c, kernel, _ = weight.shape
         self.stride, padding = conv.stride[0], conv.padding[0]
-        self.size, self.size_out = size, rewrite.side(conv, size)
+        self.size, self.size_out = size, rewrite.output_size(conv, size)
         back = kernel - 1 - padding
         self.padded = Map(0, c, size, padding)
         self.spread = Map(0, self.channels, size, back)  # the gradient, its pixels `stride` apart
@@ -178,7 +178,7 @@ class SparseForward:
         if not isinstance(model.maxpool, nn.Identity):
             pool = model.maxpool
             self.pool = pool.kernel_size, pool.stride, pool.padding
-            size = rewrite.side(pool, size)
+            size = rewrite.output_size(pool, size)
         self.pooled = size
         self.blocks: list[tuple[Unit, Unit, Unit | None]] = []
         for block in [
@@ -370,10 +370,10 @@ class SparseForward:
             return self.model.fc(y.mean(2).transpose(1, 2).reshape(len(images), -1))
 
 
-def pays(model: nn.Module, image_size: int, bf16: bool) -> SparseForward | None:
+def sparse_forward_if_faster(model: nn.Module, image_size: int, bf16: bool) -> SparseForward | None:
     """A SparseForward, where it is faster than the model itself: for few weights, on the CPU."""
     if hasattr(model.layer1[0], "conv3") or model.conv1.weight.device.type != "cpu":
         return None  # bottlenecks are not pruned here
     forward = SparseForward(model, image_size)
-    few = forward.multiply_adds < PAYS[bf16] * forward.dense_multiply_adds
+    few = forward.multiply_adds < MAX_MAC_RATIO[bf16] * forward.dense_multiply_adds
     return forward if few else None

@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 
 import checkpoint
-import parallel
+import runtime
 from distill import Part
 
 STATE, STATE_BEFORE = "state.pt", "state-before.pt"
@@ -87,7 +87,7 @@ class Run:
                     return checkpoint.read(path)
             except checkpoint.CheckpointError as error:
                 print(f"train.py: warning: {error}; going on from the one before", file=sys.stderr)
-                if parallel.process() == 0:
+                if runtime.rank() == 0:
                     path.unlink()  # it must not become the one before
         return {}
 
@@ -117,7 +117,7 @@ class Run:
         """Write the `state` of a part, keeping the one before, and metrics.csv with its new row."""
         if row is not None:
             self.rows.append(row)
-        if parallel.process() > 0:
+        if runtime.rank() > 0:
             return
         now = time.perf_counter()
         self.minutes += (now - self._clock) / 60

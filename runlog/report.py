@@ -20,20 +20,20 @@ import prune
 from runlog import plots, record
 from runlog.record import Run
 
-TOO_MUCH = 0.02  # accuracy that pruning may cost before the table is followed by a warning
+WARN_ACCURACY_DROP = 0.02  # pruning that costs more accuracy than this is warned of
 
 Labelled = tuple[Tensor, Tensor]  # images, labels
 
 
-def finish(
+def write_report(
     run: Run,
     parts: list[distill.Part],
-    images: distill.Images,
-    setup: distill.Setup,
+    images: distill.TrainingData,
+    setup: distill.Context,
     source: data.Source,
 ) -> None:
     """Read the files that the run wrote, measure test, and write all that is left of the run."""
-    val, test = images.val, data.load(source, "test") if data.has(source, "test") else None
+    val, test = images.val, data.load(source, "test") if data.has_split(source, "test") else None
     files = [(stage, path, 0.0) for stage in ("teacher", "student") for path in run.given(stage)]
     files += [(part.title, run.path(part), run.minutes_of(part)) for part in parts]
     sizes = images.labels.bincount(minlength=images.classes)
@@ -59,7 +59,7 @@ def finish(
             stage["val_balanced"] = balanced(val_logits, val[1])
         stages.append(stage)
     size = source.image_size
-    summary = torchinfo.summary(prune.masked(model.cpu()), (1, 3, size, size), verbose=0)
+    summary = torchinfo.summary(prune.with_masks(model.cpu()), (1, 3, size, size), verbose=0)
     checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
     run.finish(
         {
@@ -146,7 +146,7 @@ def pictures(
 
     After the record: what cannot be drawn is said, and keeps no run from its end.
     """
-    live = prune.all_useful(model, source.image_size, source.grey)
+    live = prune.all_reachable(model, source.image_size, source.grey)
     kept = {name: int(w.count_nonzero()) for name, w in prune.weights(model).items()}
     could = {name: int(mask.sum()) for name, mask in live.items()}
     drawings = {
@@ -164,7 +164,7 @@ def pictures(
             print(f"train.py: warning: {name}.png could not be drawn ({error})", file=sys.stderr)
 
 
-def show(run: Run) -> None:
+def print_summary(run: Run) -> None:
     """The table at the end, and a warning if pruning has cost too much.
 
     Compared with the dense student on validation, or without validation images on test.
@@ -198,7 +198,7 @@ def show(run: Run) -> None:
     longer = "the recipe cpu" if quick else "a longer recipe"
     if left < 2 * chance and chance < 0.3:
         cost = f"the pruned network has collapsed, its accuracy is near chance ({chance:.0%})"
-    elif (lost := student[split] - left) > TOO_MUCH:
+    elif (lost := student[split] - left) > WARN_ACCURACY_DROP:
         where = "validation" if split == "val_accuracy" else "test"
         cost = (
             f"pruning has cost {100 * lost:.1f} points on {where}: the dense student has "

@@ -1,7 +1,5 @@
 """A tiny data set in Fashion-MNIST's format, and the real program shrunk to run on it."""
 
-import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
-
 import copy
 import sys
 from collections.abc import Iterator
@@ -49,7 +47,7 @@ def tiny(wide, narrow, monkeypatch) -> list[str]:
     depend on these."""
     shrunk.measure_nothing(monkeypatch)
     shrunk.draw_nothing(monkeypatch)
-    monkeypatch.setattr(models, "bf16_pays", lambda device: False)  # not now this, now that
+    monkeypatch.setattr(models, "bf16_is_faster", lambda device: False)  # not now this, now that
     return wide
 
 
@@ -103,9 +101,9 @@ def narrow_resnet18(narrow) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def _pruned(_resnet18) -> torch.nn.Module:
     model = copy.deepcopy(_resnet18)
-    masks = prune.all_useful(model, 28, grey=True)
-    prune.fold_equal_channels_(model)
-    prune.apply_(model, prune.choose(model, masks, 100_000, 28, grey=True))
+    masks = prune.all_reachable(model, 28, grey=True)
+    prune.merge_grey_input_(model)
+    prune.apply_(model, prune.choose_masks(model, masks, 100_000, 28, grey=True))
     return model.eval()
 
 

@@ -50,8 +50,8 @@ def seeds(folder: Path) -> dict[str, bytes]:
     """Good weights files of all kinds."""
     torch.manual_seed(0)
     model = models.build("resnet18", 10)
-    masks = prune.all_useful(model, 28, grey=True)
-    prune.apply_(model, prune.choose(model, masks, 100_000, 28, grey=True))
+    masks = prune.all_reachable(model, 28, grey=True)
+    prune.apply_(model, prune.choose_masks(model, masks, 100_000, 28, grey=True))
     meta = {
         "arch": "resnet18",
         "num_classes": 10,
@@ -67,7 +67,7 @@ def seeds(folder: Path) -> dict[str, bytes]:
         files[f"{bits} bits"] = path.read_bytes()
     for name, state in (
         ("plain", model.state_dict()),
-        ("masked", prune.masked(model).state_dict()),
+        ("masked", prune.with_masks(model).state_dict()),
     ):
         torch.save(state, path)
         files[name] = path.read_bytes()

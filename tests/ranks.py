@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-import parallel
+import runtime
 
 
 def batchnorm(rank, port, results):
@@ -11,7 +11,7 @@ def batchnorm(rank, port, results):
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
     x = torch.randn(8, 3, 5, 5, dtype=torch.double) * 3 + 1
-    layer = parallel.synchronize_batchnorm_(torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double())
+    layer = runtime.synchronize_batchnorm_(torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double())
     mine = x[4 * rank : 4 * rank + 4].requires_grad_()
     out = layer(mine)
     (out**3).sum().backward()

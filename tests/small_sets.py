@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import openmp  # isort: skip  # noqa: F401  (before torch, which reads what it sets)
 
 import data
 import train

@@ -77,7 +77,7 @@ def test_few_bits_have_a_scale_for_each_channel_and_keep_the_count(bits, pruned,
     model, meta = checkpoint.load(path)
     assert meta["parameters"] == prune.count(model) == parameters
     assert conv.weight[kept] != 0
-    expected = checkpoint.rounded(pruned, bits).state_dict()
+    expected = checkpoint.fake_quantize(pruned, bits).state_dict()
     for name, tensor in model.state_dict().items():
         if name in prune.weights(pruned):
             assert torch.equal(tensor, expected[name]), name
@@ -96,7 +96,7 @@ def test_few_bits_of_a_dense_network(narrow, path):
     model = models.build("resnet18", 10)
     checkpoint.save(path, model, {"arch": "resnet18", "num_classes": 10}, bits=8)
     assert path.stat().st_size < 1.1 * prune.count(model)
-    expected = prune.weights(checkpoint.rounded(model, 8))
+    expected = prune.weights(checkpoint.fake_quantize(model, 8))
     for name, weight in prune.weights(checkpoint.load(path)[0]).items():
         assert torch.equal(weight, expected[name]), name
 
@@ -130,7 +130,7 @@ def test_the_stem_is_kept_and_seen_in_plain_files(stem, narrow, path):
 
 def test_plain_masked_and_course_files_load(pruned, path):
     state = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
-    masked = prune.masked(pruned).state_dict()
+    masked = prune.with_masks(pruned).state_dict()
     assert "conv1.weight_orig" in masked and "conv1.weight" not in masked
     teacher = models.build("resnet50", 10).state_dict()
     for content, arch, expected in (
@@ -426,7 +426,7 @@ STRANGE = {
 @pytest.mark.parametrize("masked", [False, True])
 def test_strange_tensors_are_refused_by_name(kind, masked, narrow, path):
     model = models.build("resnet18", 10)
-    state = (prune.masked(model) if masked else model).state_dict()
+    state = (prune.with_masks(model) if masked else model).state_dict()
     names = ["conv1.weight_orig", "conv1.weight_mask"] if masked else ["conv1.weight", "fc.weight"]
     for name in names:
         if (kind, name) == ("integers", "conv1.weight_mask"):

@@ -101,10 +101,10 @@ class Far(TorchDispatchMode):
 @pytest.fixture
 def far(monkeypatch):
     monkeypatch.setattr(models, "choose_device", lambda wanted: FAR)
-    monkeypatch.setattr(models, "bf16_pays", lambda device: False)
+    monkeypatch.setattr(models, "bf16_is_faster", lambda device: False)
     # Inference tensors cannot be views of others' values.
     monkeypatch.setattr(models, "infer", torch.no_grad()(models.infer.__wrapped__))
-    monkeypatch.setattr(distill.Setup, "autocast", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(distill.Context, "autocast", lambda self: contextlib.nullcontext())
     for module in (distill, train):
         monkeypatch.setattr(module, "Generator", FarGenerator)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # keeps FarTensor's type
@@ -130,7 +130,7 @@ def test_the_stand_in_tells_the_sides_apart(far):
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter")  # for which PyTorch takes FarTensor
 def test_the_whole_chain_on_another_device_than_the_cpu(far, tiny, tmp_path, monkeypatch, capsys):
     seen = []
-    step = distill.Network.step
+    step = distill.TrainState.step
 
     def spy(self, images, targets, teacher, rate):
         tensors = [*self.model.parameters(), *self.model.buffers(), images, targets]
@@ -141,7 +141,7 @@ def test_the_whole_chain_on_another_device_than_the_cpu(far, tiny, tmp_path, mon
 
     recipe = replace(shrunk.RECIPE, pruned=shrunk.RECIPE.pruned[:1], images=32)
     monkeypatch.setitem(train.RECIPES, "quick", recipe)
-    monkeypatch.setattr(distill.Network, "step", spy)
+    monkeypatch.setattr(distill.TrainState, "step", spy)
     assert train.main(tiny) == 130
     assert train.main(tiny) == 0
     assert set().union(*seen) == {FAR}

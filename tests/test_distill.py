@@ -14,7 +14,7 @@ import prune
 import train
 from engine import plan
 
-SETUP = distill.Setup(torch.device("cpu"), bf16=False, image_size=28, grey=True)
+SETUP = distill.Context(torch.device("cpu"), bf16=False, image_size=28, grey=True)
 
 
 def test_the_distillation_loss_is_its_formula():
@@ -44,9 +44,9 @@ def test_the_last_epochs_see_whole_images(monkeypatch):
     generator = Generator().manual_seed(0)
     images_u8 = torch.randint(0, 256, (300, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (300,), generator=generator)
-    monkeypatch.setattr(distill, "FEW", 1)
+    monkeypatch.setattr(distill, "MIN_STEPS", 1)
     recipe = distill.Recipe(distill.Stage(1), distill.Stage(1), (), batch_size=100, least_steps=1)
-    images = distill.Images(images_u8, labels, 10, recipe)
+    images = distill.TrainingData(images_u8, labels, 10, recipe)
     whole = models.normalize(images_u8).flatten(1)
     mirrored = models.normalize(images_u8.flip(2)).flatten(1)
     known = torch.cat([whole, mirrored])
@@ -75,7 +75,7 @@ def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monke
     recipe = distill.Recipe(
         distill.Stage(1), distill.Stage(1), (), batch_size=256 if n > 9_000 else 100
     )
-    images = distill.Images(torch.arange(n), torch.zeros(n, dtype=torch.long), 2, recipe)
+    images = distill.TrainingData(torch.arange(n), torch.zeros(n, dtype=torch.long), 2, recipe)
     assert images.passes == 1 and images.batch_size == recipe.batch_size
     list(images.epoch(0, 10, Generator().manual_seed(7)))
     expected = list(augment.batches(n, recipe.batch_size, Generator().manual_seed(7)))
@@ -87,18 +87,18 @@ def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monke
 @pytest.mark.parametrize("n", [1, 20, 33, 160, 1_150, 2_000, 5_000, 10_000, 20_000])
 def test_few_images_are_seen_several_times_in_smaller_batches(n, batch_size):
     recipe = replace(train.RECIPES["quick"], batch_size=batch_size)
-    batch, steps, passes = distill.lengths(n, recipe)
+    batch, steps, passes = distill.batch_layout(n, recipe)
     assert batch <= min(n, batch_size) and steps == n // batch
     assert recipe.least_steps <= passes * steps < recipe.least_steps + steps
-    assert batch >= min(n, distill.SMALLEST)
+    assert batch >= min(n, distill.MIN_BATCH_SIZE)
     assert batch in (batch_size, n) or (batch_size / batch).is_integer()
-    assert steps >= distill.FEW or batch < 2 * distill.SMALLEST
+    assert steps >= distill.MIN_STEPS or batch < 2 * distill.MIN_BATCH_SIZE
 
 
 def test_each_pass_of_an_epoch_is_shuffled_anew():
     images_u8 = torch.arange(100, dtype=torch.uint8)[:, None, None].expand(-1, 8, 8)
     recipe = distill.Recipe(distill.Stage(1), distill.Stage(1), (), batch_size=50, least_steps=75)
-    images = distill.Images(images_u8, torch.arange(100), 100, recipe)
+    images = distill.TrainingData(images_u8, torch.arange(100), 100, recipe)
     assert (images.batch_size, images.steps, images.passes) == (50, 2, 38)
     seen = [t.argmax(1) for _, t in images.epoch(9, 10, Generator().manual_seed(0))]
     assert len(seen) == 76
@@ -110,8 +110,8 @@ def test_each_pass_of_an_epoch_is_shuffled_anew():
 def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypatch):
     """80 epochs of four steps: every 10 steps, though an epoch is over before."""
     taken, steps = [], []
-    monkeypatch.setattr(distill, "FEW", 1)
-    monkeypatch.setattr(distill, "AVERAGE", 10 * distill.UPDATES / 320)
+    monkeypatch.setattr(distill, "MIN_STEPS", 1)
+    monkeypatch.setattr(distill, "EMA_HORIZON", 10 * distill.EMA_UPDATES / 320)
     monkeypatch.setattr(distill, "validate", lambda *_: None)
     monkeypatch.setattr(
         torch.optim.swa_utils.AveragedModel,
@@ -123,9 +123,9 @@ def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypat
         steps.append(rate)
         return torch.zeros(()), targets
 
-    monkeypatch.setattr(distill.Network, "step", step)
+    monkeypatch.setattr(distill.TrainState, "step", step)
     recipe = distill.Recipe(distill.Stage(80), distill.Stage(1), (), batch_size=2, least_steps=4)
-    images = distill.Images(torch.zeros(8, 28, 28), torch.arange(8), 10, recipe)
+    images = distill.TrainingData(torch.zeros(8, 28, 28), torch.arange(8), 10, recipe)
     part = distill.Part("teacher", recipe.teacher, 0, "teacher.pth")
     distill.fit(part, models.build("resnet18", 10), [], images, SETUP, seed=0)
     assert taken == list(range(10, 321, 10))
@@ -135,7 +135,7 @@ def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypat
 def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer, narrow):
     torch.manual_seed(0)
     stage = distill.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
-    network = distill.Network(models.build("resnet18", 10), stage, SETUP)
+    network = distill.TrainState(models.build("resnet18", 10), stage, SETUP)
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
     teacher_logits = torch.randn(8, 10)
 
@@ -165,9 +165,9 @@ def test_channels_without_weights_cost_no_work_and_change_no_weight(narrow, monk
         monkeypatch.setattr(distill.rewrite, "trim_channels_", trim)
         torch.manual_seed(0)
         model = models.build("resnet18", 10)
-        prune.narrow_(model, 0.5)
+        prune.apply_width_(model, 0.5)
         for budget in (None, 40_000, 20_000):
-            network = distill.Network(copy.deepcopy(model), stage, SETUP)
+            network = distill.TrainState(copy.deepcopy(model), stage, SETUP)
             if budget:
                 network.cut(budget, [images])
             network.model.train()
@@ -189,15 +189,15 @@ def test_channels_without_weights_cost_no_work_and_change_no_weight(narrow, monk
 
 def test_validation_that_skips_the_zeros_is_validation(narrow, monkeypatch):
     torch.manual_seed(0)
-    network = distill.Network(models.build("resnet18", 10), distill.Stage(1), SETUP)
+    network = distill.TrainState(models.build("resnet18", 10), distill.Stage(1), SETUP)
     network.cut(30_000, [torch.randn(8, 3, 28, 28)])
     network.model.eval()
     images_u8 = torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8)
     labels = models.infer(network.model, images_u8).argmax(1)
     labels[:90] = (labels[:90] + 1) % 10
     assert isinstance(SETUP.frozen(network.model), distill.SparseResNet)
-    for share in (plan.PAYS, 0):
-        monkeypatch.setattr(plan, "PAYS", share)
+    for share in (plan.MAX_DENSITY, 0):
+        monkeypatch.setattr(plan, "MAX_DENSITY", share)
         share = distill.validate(network.model, (images_u8, labels), SETUP)
         assert share == pytest.approx(0.7, abs=0.01)
 
@@ -205,7 +205,7 @@ def test_validation_that_skips_the_zeros_is_validation(narrow, monkeypatch):
 def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given(narrow):
     torch.manual_seed(0)
     stage = distill.Stage(1)
-    network = distill.Network(models.build("resnet18", 10), stage, SETUP)
+    network = distill.TrainState(models.build("resnet18", 10), stage, SETUP)
     images = torch.randn(4, 1, 28, 28).expand(-1, 3, -1, -1)
     network.cut(100_000, [images])
     out = network.model.conv1(images)
@@ -241,10 +241,12 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
 
 def test_views_are_the_crops_of_the_first_epochs_and_whole_images_of_their_own():
     stage = distill.Stage(12, views=4)
-    views = [distill.view_of(epoch, stage) for epoch in range(12)]
+    views = [distill.augment_epoch(epoch, stage) for epoch in range(12)]
     assert views == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 10, 11]
-    assert (distill.views(stage), distill.views(stage, 8)) == (7, 4)
-    assert [distill.view_of(epoch, distill.Stage(12)) for epoch in range(12)] == list(range(12))
+    assert (distill.distinct_epochs(stage), distill.distinct_epochs(stage, 8)) == (7, 4)
+    assert [distill.augment_epoch(epoch, distill.Stage(12)) for epoch in range(12)] == list(
+        range(12)
+    )
 
 
 def test_missing_channels_are_no_zeros_that_pay_to_skip():
@@ -253,8 +255,10 @@ def test_missing_channels_are_no_zeros_that_pay_to_skip():
     dense, sparse, narrow = (models.build("resnet18", 10).eval() for _ in range(3))
     for weight in prune.weights(sparse).values():
         weight.data *= torch.rand(weight.shape, generator=generator) < 0.05
-    prune.narrow_(narrow, 1 / 4)  # few weights, but no zeros among its channels
-    assert plan.pays(narrow, 28, SETUP.device)  # if the missing ones are not left out first
+    prune.apply_width_(narrow, 1 / 4)  # few weights, but no zeros among its channels
+    assert plan.sparse_is_faster(
+        narrow, 28, SETUP.device
+    )  # if the missing ones are not left out first
     frozen = [SETUP.frozen(model) for model in (dense, sparse, narrow)]
     assert [isinstance(network, distill.SparseResNet) for network in frozen] == [False, True, False]
     images = torch.randn(8, 1, 28, 28, generator=generator).expand(-1, 3, -1, -1)
@@ -293,7 +297,7 @@ def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, t
 def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
     stage = distill.Stage(1)
     torch.manual_seed(0)
-    network = distill.Network(models.build("resnet18", 10), stage, SETUP)
+    network = distill.TrainState(models.build("resnet18", 10), stage, SETUP)
     images, targets = torch.randn(4, 3, 28, 28), torch.rand(4, 10).softmax(1)
     loss, logits = network.step(images, targets, None, rate=0.0)
     torch.testing.assert_close(loss, -(targets * F.log_softmax(logits, 1)).sum(1).mean())
@@ -314,13 +318,13 @@ def test_several_teachers_answer_with_the_mean_of_their_logits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_recorded_steps_on_a_gpu_are_those_that_were_recorded(optimizer, monkeypatch):
-    setup = distill.Setup(torch.device("cuda"), False, 28, True)
+    setup = distill.Context(torch.device("cuda"), False, 28, True)
 
     def trained(first: int) -> tuple[list[float], int]:
-        monkeypatch.setattr(distill.Recorded, "FIRST", first)
+        monkeypatch.setattr(distill.CudaGraphed, "FIRST", first)
         torch.manual_seed(0)
         stage = distill.Stage(1, optimizer, kd_weight=0.5)
-        network = distill.Network(models.build("resnet18", 10), stage, setup)
+        network = distill.TrainState(models.build("resnet18", 10), stage, setup)
         network.model.train()
         teacher = distill.Teacher([setup.frozen(models.build("resnet18", 10)) for _ in range(2)])
         generator, losses = torch.Generator("cuda").manual_seed(0), []

@@ -28,9 +28,9 @@ def differs(engine, model, x):
 
 
 def prune_to(model, budget, size=28):
-    masks = prune.all_useful(model, size, grey=True)
-    prune.fold_equal_channels_(model)
-    prune.apply_(model, prune.choose(model, masks, budget, size, grey=True))
+    masks = prune.all_reachable(model, size, grey=True)
+    prune.merge_grey_input_(model)
+    prune.apply_(model, prune.choose_masks(model, masks, budget, size, grey=True))
     return model.eval()
 
 

@@ -15,7 +15,7 @@ def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch
     monkeypatch.setattr(rewrite, "UNFOLDED", 2**20)  # in several pieces, the last one smaller
     torch.manual_seed(0)
     plain = models.build(arch, 10).double()
-    fast = rewrite.speed_up_(rewrite.trim_(copy.deepcopy(plain), 28))
+    fast = rewrite.use_matmul_convs_(rewrite.trim_(copy.deepcopy(plain), 28))
     images = torch.randn(6, 3, 28, 28, dtype=torch.double)
     labels = torch.arange(6)
     for model in (plain, fast):
@@ -35,8 +35,8 @@ def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch
 @pytest.mark.parametrize("stem", models.STEMS)
 def test_a_step_asks_onednn_for_no_weight_gradient(stem, narrow):
     """Its threads spin in wait for each other, so that a busy process slows a step 30 times."""
-    setup = distill.Setup(torch.device("cpu"), bf16=False, image_size=28, grey=True)
-    network = distill.Network(models.build("resnet18", 10, stem=stem), distill.Stage(1), setup)
+    setup = distill.Context(torch.device("cpu"), bf16=False, image_size=28, grey=True)
+    network = distill.TrainState(models.build("resnet18", 10, stem=stem), distill.Stage(1), setup)
     images, targets = models.normalize(torch.zeros(16, 28, 28)), torch.eye(10).repeat(2, 1)[:16]
     asked = []
 
@@ -63,9 +63,9 @@ def test_trimming_is_exact_for_any_image_size_and_can_be_undone(narrow_resnet18,
     assert {k: t.shape for k, t in whole.state_dict().items()} == {
         k: t.shape for k, t in state.items()
     }
-    for model in (trimmed, rewrite.speed_up_(trimmed), whole, again):
+    for model in (trimmed, rewrite.use_matmul_convs_(trimmed), whole, again):
         torch.testing.assert_close(model.eval()(images), expected, atol=1e-4, rtol=1e-4)
-    live = prune.all_useful(resnet18, size, grey=False)
+    live = prune.all_reachable(resnet18, size, grey=False)
     left = sum(weight.numel() for weight in prune.weights(trimmed).values())
     assert left == sum(int(mask.sum()) for mask in live.values())
     assert size != 28 or left < 0.4 * sum(mask.numel() for mask in live.values())
@@ -77,7 +77,7 @@ def test_trimming_is_exact_for_any_image_size_and_can_be_undone(narrow_resnet18,
 def test_channels_without_weights_are_left_out_and_can_be_brought_back(arch, narrow):
     torch.manual_seed(0)
     plain = models.build(arch, 10).double()
-    prune.narrow_(plain, 0.5)
+    prune.apply_width_(plain, 0.5)
     first = plain.layer2[0]  # here some more, in the middle of the others
     with torch.no_grad():
         first.conv1.weight[1], first.conv2.weight[:, 1] = 0, 0
@@ -110,7 +110,7 @@ def test_channels_without_weights_are_left_out_and_can_be_brought_back(arch, nar
     [(1, 3, 1, 1, (1, 2)), (2, 3, 2, 1, (1, 3)), (2, 3, 1, 1, (0, 3)), (28, 7, 2, 3, (0, 7))],
 )
 def test_live_taps(size, kernel, stride, padding, taps):
-    assert rewrite.live_taps(size, kernel, stride, padding) == taps
+    assert rewrite.live_positions(size, kernel, stride, padding) == taps
 
 
 def test_fold_batchnorm_keeps_the_function(narrow_resnet18):
@@ -120,4 +120,6 @@ def test_fold_batchnorm_keeps_the_function(narrow_resnet18):
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     expected = resnet18.eval()(images)
     torch.testing.assert_close(folded(images), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(rewrite.speed_up_(folded)(images), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        rewrite.use_matmul_convs_(folded)(images), expected, atol=1e-4, rtol=1e-4
+    )

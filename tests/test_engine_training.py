@@ -82,12 +82,12 @@ def test_weights_that_changed_are_used():
 
 def test_it_is_used_where_few_weights_are_left():
     model, _, _ = pruned(4, 28, keep=0.5)
-    assert training.pays(model, 28, bf16=False) is None
+    assert training.sparse_forward_if_faster(model, 28, bf16=False) is None
     model, images, labels = pruned(4, 28)
-    setup = distill.Setup(torch.device("cpu"), False, 28, True)
+    setup = distill.Context(torch.device("cpu"), False, 28, True)
     steps = []
     for sparse in (True, False):
-        network = distill.Network(copy.deepcopy(model), distill.Stage(1, "sgd", 0.003), setup)
+        network = distill.TrainState(copy.deepcopy(model), distill.Stage(1, "sgd", 0.003), setup)
         network.model.train()
         network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         assert network.sparse is not None

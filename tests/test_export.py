@@ -17,10 +17,10 @@ def images(n, *shape):
 
 @pytest.mark.parametrize("budget", [20_000, 100_000])
 def test_a_slim_network_computes_the_same_with_fewer_channels(budget, resnet18):
-    masks = prune.all_useful(resnet18, 28, grey=True)
-    prune.fold_equal_channels_(resnet18)
-    prune.apply_(resnet18, prune.choose(resnet18, masks, budget, 28, grey=True))
-    slim, batch = export.Slim(resnet18, 28, grey=True).eval(), images(9, 28, 28)
+    masks = prune.all_reachable(resnet18, 28, grey=True)
+    prune.merge_grey_input_(resnet18)
+    prune.apply_(resnet18, prune.choose_masks(resnet18, masks, budget, 28, grey=True))
+    slim, batch = export.ExportModel(resnet18, 28, grey=True).eval(), images(9, 28, 28)
     torch.testing.assert_close(slim(batch), models.infer(resnet18, batch), atol=1e-4, rtol=0)
     parameters = sum(p.numel() for p in slim.parameters())
     assert parameters < 5_000_000 * (1 if budget == 100_000 else 0.5)
@@ -37,7 +37,7 @@ def test_constant_channels_stay_and_numbers_of_channels_are_multiples_of_a_block
         resnet18.layer2[1].bn1.running_mean.zero_()
         resnet18.fc.weight[:, 10:50] = 0
         resnet18.layer4[1].conv1.weight[:, 10:50] = 0
-    slim, batch = export.Slim(resnet18.eval(), 28, grey=True).eval(), images(9, 28, 28)
+    slim, batch = export.ExportModel(resnet18.eval(), 28, grey=True).eval(), images(9, 28, 28)
     torch.testing.assert_close(slim(batch), models.infer(resnet18, batch), atol=1e-4, rtol=0)
     assert slim.model.layer2[1].conv2.in_channels == 16  # of none that matter
     assert slim.model.fc.in_features == 480  # of 472
@@ -48,7 +48,7 @@ def test_constant_channels_stay_and_numbers_of_channels_are_multiples_of_a_block
 def test_dense_colour_networks(arch, stem, narrow):
     torch.manual_seed(0)
     model, batch = models.build(arch, 3, stem=stem).eval(), images(3, 3, 40, 40)
-    slim = export.Slim(model, 40, grey=False).eval()
+    slim = export.ExportModel(model, 40, grey=False).eval()
     torch.testing.assert_close(slim(batch), models.infer(model, batch), atol=1e-4, rtol=1e-4)
 
 

@@ -18,7 +18,7 @@ from runlog import record
 
 
 def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monkeypatch, capsys):
-    folder, step, steps = tmp_path, distill.Network.step, []
+    folder, step, steps = tmp_path, distill.TrainState.step, []
     flags = [*tiny[:-1], str(shrunk.write_images(folder / "data"))]
     assert train.main(flags) == 0
     expected = faults.weights(folder)
@@ -33,7 +33,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monke
         return step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill.Network, "step", stopped)
+        patch.setattr(distill.TrainState, "step", stopped)
         assert train.main(flags) == 130
     assert "the same command goes on" in capsys.readouterr().err and len(steps) == 2
     assert train.main(flags) == 0

@@ -180,7 +180,7 @@ def test_only_images_that_stay_of_their_class_are_mirrored(tiny, folder):
     def flip(*flags, name="folder"):
         args = train.parse([*tiny, "--data", str(folder), *flags])
         source = replace(data.find(folder), name=name)
-        return train.check(args, source)[1]["flip"] if name == "folder" else name in data.MIRRORED
+        return train.check(args, source)[1]["flip"] if name == "folder" else name in data.FLIPPABLE
 
     assert flip() and not flip("--no-flip")
     known = {name: flip(name=name) for name in data.DATASETS}
@@ -191,7 +191,7 @@ def test_without_flip_no_image_is_mirrored():
     images_u8 = torch.arange(28, dtype=torch.uint8).expand(100, 28, 28).contiguous()
     recipe = distill.Recipe(distill.Stage(1), distill.Stage(1), (), batch_size=50)
     for flip in (True, False):
-        images = distill.Images(images_u8, torch.zeros(100).long(), 2, recipe, flip=flip)
+        images = distill.TrainingData(images_u8, torch.zeros(100).long(), 2, recipe, flip=flip)
         batch, _ = next(iter(images.batches(torch.Generator().manual_seed(0))))
         mirrored = (batch[:, 0, 14, 0] > batch[:, 0, 14, -1]).sum()
         assert 10 < mirrored < 40 if flip else mirrored == 0

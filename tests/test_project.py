@@ -38,7 +38,7 @@ def test_the_shipped_weights_are_what_they_say(path):
     assert meta["arch"] == "resnet18" and meta["budget"] == 100_000
     assert prune.count(model) == 100_000
     masks = {name: weight != 0 for name, weight in prune.weights(model).items()}
-    useful = prune.useful(model, masks, meta["image_size"], grey=True)
+    useful = prune.reachable(model, masks, meta["image_size"], grey=True)
     assert all(bool((useful[name] == masks[name]).all()) for name in masks)
 
 
@@ -196,8 +196,8 @@ def test_the_readmes_commands_run(script, flags, newcomers_folder, monkeypatch):
     monkeypatch.setattr(prune, "budget_range", lambda *args: (10_970, 4_228_554))  # a second each
     monkeypatch.setattr(train, "announce", lambda *args: None)
     monkeypatch.setattr(train, "train", lambda *args: None)
-    monkeypatch.setattr(report, "finish", lambda *args: None)
-    monkeypatch.setattr(report, "show", lambda *args: None)
+    monkeypatch.setattr(report, "write_report", lambda *args: None)
+    monkeypatch.setattr(report, "print_summary", lambda *args: None)
     assert module.main(list(flags)) == 0
 
 

@@ -13,18 +13,18 @@ SIZE = 28
 
 @pytest.fixture(scope="module")
 def _masks(_resnet18):
-    return prune.all_useful(_resnet18, SIZE, grey=True)
+    return prune.all_reachable(_resnet18, SIZE, grey=True)
 
 
 @pytest.fixture
 def live(resnet18, _masks):
     """The model as pruning starts, and the masks of all weights that can matter."""
-    prune.fold_equal_channels_(resnet18)
-    return rewrite.speed_up_(resnet18), _masks
+    prune.merge_grey_input_(resnet18)
+    return rewrite.use_matmul_convs_(resnet18), _masks
 
 
 def torchinfo_count(model):
-    return torchinfo.summary(prune.masked(model), (1, 3, SIZE, SIZE), verbose=0).total_params
+    return torchinfo.summary(prune.with_masks(model), (1, 3, SIZE, SIZE), verbose=0).total_params
 
 
 def test_the_count_is_torchinfos(resnet18):
@@ -37,13 +37,13 @@ def test_the_count_is_torchinfos(resnet18):
 @pytest.mark.parametrize("budget", [1_000_000, 99_999, 20_000])
 def test_budgets_are_met_exactly_with_useful_weights_only(live, budget):
     model, masks = live
-    chosen = prune.choose(model, masks, budget, SIZE, grey=True)
+    chosen = prune.choose_masks(model, masks, budget, SIZE, grey=True)
     prune.apply_(model, chosen)
     assert prune.count(model) == torchinfo_count(model) == budget
-    again = prune.useful(model, chosen, SIZE, grey=True)
+    again = prune.reachable(model, chosen, SIZE, grey=True)
     for name, mask in chosen.items():
         assert not (mask & ~masks[name]).any() and torch.equal(again[name], mask)
-        assert mask.sum() >= prune.FLOOR - 8  # a floor's tap can miss its map
+        assert mask.sum() >= prune.MIN_WEIGHTS - 8  # a floor's tap can miss its map
 
 
 def test_the_smallest_and_largest_budget_are_met_and_no_other(live):
@@ -51,11 +51,11 @@ def test_the_smallest_and_largest_budget_are_met_and_no_other(live):
     smallest, largest = prune.budget_range(model, SIZE, grey=True)
     for budget in (smallest, largest):
         pruned = copy.deepcopy(model)
-        prune.apply_(pruned, prune.choose(model, masks, budget, SIZE, grey=True))
+        prune.apply_(pruned, prune.choose_masks(model, masks, budget, SIZE, grey=True))
         assert prune.count(pruned) == budget
     for budget in (smallest - 1, largest + 1):
         with pytest.raises(prune.BudgetError):
-            prune.choose(model, masks, budget, SIZE, grey=True)
+            prune.choose_masks(model, masks, budget, SIZE, grey=True)
 
 
 @pytest.mark.parametrize("levels", [0, 2])
@@ -64,13 +64,13 @@ def test_ties_and_kept_zeros_do_not_miscount(live, levels):
     model, masks = live
     for weight in prune.weights(model).values():
         weight.data.copy_((weight / weight.std() / 3).clamp(-1, 1).mul(levels).round())
-    prune.apply_(model, prune.choose(model, masks, 100_000, SIZE, grey=True))
+    prune.apply_(model, prune.choose_masks(model, masks, 100_000, SIZE, grey=True))
     assert prune.count(model) == torchinfo_count(model) == 100_000
 
 
 def test_weights_that_only_meet_padding_are_the_known_ones(resnet18):
     """6,946,816 of 11,166,912 convolution weights at 28x28; two thirds of conv1 if grey."""
-    colour = prune.all_useful(resnet18, SIZE, grey=False)
+    colour = prune.all_reachable(resnet18, SIZE, grey=False)
     dead = {name: int((~mask).sum()) for name, mask in colour.items() if not mask.all()}
     assert dead == {
         "layer4.0.conv1.weight": 512 * 256 * 5,
@@ -79,7 +79,7 @@ def test_weights_that_only_meet_padding_are_the_known_ones(resnet18):
         "layer4.1.conv2.weight": 512 * 512 * 8,
     }
     assert sum(dead.values()) == 6_946_816
-    grey = prune.all_useful(resnet18, SIZE, grey=True)
+    grey = prune.all_reachable(resnet18, SIZE, grey=True)
     assert grey.pop("conv1.weight").sum() == 64 * 49
     assert all(torch.equal(grey[name], colour[name]) for name in grey)
 
@@ -97,7 +97,7 @@ def test_useless_weights_change_no_output_and_useful_ones_do():
     with torch.no_grad():
         for name, weight in prune.weights(model).items():
             weight.copy_(torch.rand_like(weight) * masks[name])
-    found = prune.useful(model, masks, SIZE, grey=True)
+    found = prune.reachable(model, masks, SIZE, grey=True)
     images = torch.rand(1, 1, SIZE, SIZE, dtype=torch.double)
     images = torch.cat((images, torch.zeros(1, 2, SIZE, SIZE)), 1)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_useless_weights_change_no_output_and_useful_ones_do():
 def test_folding_equal_channels_changes_no_output(resnet18):
     images = models.normalize(torch.randint(256, (4, SIZE, SIZE), dtype=torch.uint8))
     expected = resnet18.eval()(images)
-    prune.fold_equal_channels_(resnet18)
+    prune.merge_grey_input_(resnet18)
     assert not resnet18.conv1.weight[:, 1:].any()
     torch.testing.assert_close(resnet18(images), expected, atol=1e-4, rtol=1e-4)
 
@@ -127,7 +127,7 @@ def test_folding_equal_channels_changes_no_output(resnet18):
 def test_the_largest_are_kept(live):
     """Away from floors and paths, the choice is plain global magnitude."""
     model, masks = live
-    chosen = prune.choose(model, masks, 2_000_000, SIZE, grey=True)
+    chosen = prune.choose_masks(model, masks, 2_000_000, SIZE, grey=True)
     weights = prune.weights(model)
     kept = torch.cat([weights[name][mask].abs() for name, mask in chosen.items()])
     cut = torch.cat([weights[n][masks[n] & ~chosen[n]].abs() for n in masks])
@@ -137,8 +137,8 @@ def test_the_largest_are_kept(live):
 
 def test_masks_of_a_ladder_only_shrink(live):
     model, masks = live
-    for budget in prune.ladder(4_228_570, 100_000, 2):
-        smaller = prune.choose(model, masks, budget, SIZE, grey=True)
+    for budget in prune.geometric_schedule(4_228_570, 100_000, 2):
+        smaller = prune.choose_masks(model, masks, budget, SIZE, grey=True)
         assert all(not (smaller[name] & ~masks[name]).any() for name in masks)
         prune.apply_(model, smaller)
         assert prune.count(model) == budget
@@ -146,6 +146,6 @@ def test_masks_of_a_ladder_only_shrink(live):
 
 
 def test_the_ladder_takes_the_same_share_each_time_and_ends_at_the_budget():
-    steps = prune.ladder(1_600_000, 100_000, 4)
+    steps = prune.geometric_schedule(1_600_000, 100_000, 4)
     assert steps == [800_000, 400_000, 200_000, 100_000]
-    assert prune.ladder(4_228_570, 99_999, 7)[-1] == 99_999
+    assert prune.geometric_schedule(4_228_570, 99_999, 7)[-1] == 99_999

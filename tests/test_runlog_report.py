@@ -11,7 +11,7 @@ def shown(tmp_path, student, pruned, **settings):
         for stage, shares in (("teacher", student), ("student", student), ("pruned", pruned))
     ]
     run.finish({"stages": stages, "classes": 10})
-    report.show(run)
+    report.print_summary(run)
 
 
 def shares(val, test):

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SAID = "import shell, sys\nsys.exit(shell.run(lambda: {}))"
+SAID = "import runtime, sys\nsys.exit(runtime.run(lambda: {}))"
 
 
 @pytest.mark.parametrize(
     "script", ["train.py", "predict.py", "export.py", "bench/speed.py", "bench/tables.py"]
 )
 def test_all_scripts_end_alike(script):
-    end = 'if __name__ == "__main__":\n    sys.exit(shell.run(main))\n'
+    end = 'if __name__ == "__main__":\n    sys.exit(runtime.run(main))\n'
     assert (ROOT / script).read_text().endswith(end)
 
 

@@ -44,7 +44,7 @@ def test_recipes_cut_to_the_budget_before_their_last_epoch(name):
     assert cuts == sorted(cuts, reverse=True) and cuts[0] < 4_228_570
     assert all(len(part.cuts) == part.stage.cuts <= part.stage.epochs for part in parts)
     assert parts[-1].stage.cuts < parts[-1].stage.epochs
-    assert all(part.stage.cuts <= (1 - distill.PLAIN) * part.stage.epochs for part in parts)
+    assert all(part.stage.cuts <= (1 - distill.UNAUGMENTED) * part.stage.epochs for part in parts)
     ends = [part.cuts[-1] for part in pruned]
     assert ends == list(recipe.budgets) if recipe.budgets else ends[-1] == 100_000
 
@@ -160,7 +160,7 @@ def test_same_seed_same_weights_stopped_or_not(tiny, folder, monkeypatch, capsys
     assert train.main(tiny) == 0
     expected, rows = weights_of(folder), read_rows(folder / "metrics.csv")
     folder.rename(folder.with_name("reference"))
-    step, keep = distill.Network.step, train.keep
+    step, keep = distill.TrainState.step, train.keep
     steps, kept = [], []
 
     def step_or_stop(self, *args, **kwargs):
@@ -179,7 +179,7 @@ def test_same_seed_same_weights_stopped_or_not(tiny, folder, monkeypatch, capsys
         steps.clear()  # in the place of the time measurement, whose steps are left out
 
     monkeypatch.setattr(train, "announce", begin)
-    monkeypatch.setattr(distill.Network, "step", step_or_stop)
+    monkeypatch.setattr(distill.TrainState, "step", step_or_stop)
     monkeypatch.setattr(train, "keep", keep_or_stop)
     codes = []
     while not codes or codes[-1] == 130:
@@ -208,13 +208,13 @@ def test_a_given_teacher_is_used_and_none_is_trained(tiny, folder, tmp_path, mon
     path = tmp_path / "resnet-50.pth"
     torch.save({"model_state_dict": state}, path)
     seen = []
-    frozen = rewrite.frozen
+    frozen = rewrite.inference_copy
 
     def spy(model, *machine):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return frozen(model, *machine)
 
-    monkeypatch.setattr(rewrite, "frozen", spy)
+    monkeypatch.setattr(rewrite, "inference_copy", spy)
     assert train.main([*tiny, "--teacher", str(path), "--full-train"]) == 0
     assert not (folder / "teacher.pth").exists()
     given = teacher.state_dict()
@@ -258,7 +258,7 @@ def test_without_a_teacher_the_student_teaches_what_is_left_of_it(
     assert not (folder / "teacher.pth").exists()
     assert [name for name, _ in taught] == ["student", "pruned", "pruned"]
     assert not taught[0][1] and taught[2][1]
-    dense = rewrite.frozen(
+    dense = rewrite.inference_copy(
         checkpoint.load(folder / "student.pth")[0], torch.device("cpu"), False, 28
     )
     (teacher,) = taught[1][1]
@@ -526,13 +526,13 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tiny, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
     tiny, folder, monkeypatch, capsys
 ):
-    step = distill.Network.step
+    step = distill.TrainState.step
 
     def explode(self, images, targets, teacher, rate):
         loss, logits = step(self, images, targets, teacher, rate)
         return (loss * torch.nan if teacher is not None and rate else loss), logits
 
-    monkeypatch.setattr(distill.Network, "step", explode)
+    monkeypatch.setattr(distill.TrainState, "step", explode)
     assert train.main(tiny) == 1
     assert "stage student, epoch 1, step 1: the loss is nan" in capsys.readouterr().err
     assert (folder / "teacher.pth").exists() and not (folder / "student.pth").exists()

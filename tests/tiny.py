@@ -121,7 +121,7 @@ def _signal_at(moment: str, number: int) -> None:
     """Send this process a signal at the n-th "step", "write" or "rename"."""
     kind, n = moment.split()
     owner, name = {
-        "step": (distill.Network, "step"),
+        "step": (distill.TrainState, "step"),
         "write": (os, "fsync"),
         "rename": (Path, "replace"),
     }[kind]
@@ -164,7 +164,7 @@ def main() -> int:
     train.RECIPES["quick"] = RECIPE
     record.RUNS, record.RESULTS = folder / "runs", folder / "results.csv"
     data.VALIDATION = VALIDATION
-    models.bf16_pays = lambda device: False  # a busy machine might measure now this, now that
+    models.bf16_is_faster = lambda device: False  # a busy machine might measure now this, now that
     measure_nothing(pytest.MonkeyPatch())
     draw_nothing(pytest.MonkeyPatch())
     if "RANK" in os.environ:  # under torchrun

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 
 import checkpoint
 import distill
-import parallel
+import runtime
 import train
 
 
@@ -46,7 +46,7 @@ def first_losses(text):
 def test_two_processes_follow_one_and_go_on_where_one_was_stopped(tiny, tmp_path, monkeypatch):
     flags = [*tiny[:-1], str(shrunk.write_images(tmp_path / "data"))]
     first, steps = [], []
-    result, step = distill.Progress.result, distill.Network.step
+    result, step = distill.Progress.result, distill.TrainState.step
 
     def telling(self):
         losses, accuracy = result(self)
@@ -63,7 +63,7 @@ def test_two_processes_follow_one_and_go_on_where_one_was_stopped(tiny, tmp_path
         patch.setattr(distill.Progress, "result", telling)
         assert train.main([*flags, "--name", "alone"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(distill.Network, "step", stopped)
+        patch.setattr(distill.TrainState, "step", stopped)
         assert train.main(flags) == 130
     ended = torchrun(tmp_path, 2, LOSSES="1")
     assert ended.returncode == 0, ended.stderr
@@ -82,13 +82,13 @@ def test_two_processes_follow_one_and_go_on_where_one_was_stopped(tiny, tmp_path
 
 
 def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "processes", lambda: 3)
+    monkeypatch.setattr(runtime, "world_size", lambda: 3)
     assert train.main(tiny) == 2
     assert "3 processes cannot share batches of 16 equally" in capsys.readouterr().err
     # The recipe's batches could be shared, but shrink for 160 images.
     recipe = replace(train.RECIPES["quick"], images=None, batch_size=256)
     monkeypatch.setitem(train.RECIPES, "quick", recipe)
-    monkeypatch.setattr(parallel, "processes", lambda: 64)
+    monkeypatch.setattr(runtime, "world_size", lambda: 64)
     assert train.main(tiny) == 2
     assert "64 processes cannot share batches of 32 equally" in capsys.readouterr().err
 

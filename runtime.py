@@ -1,9 +1,29 @@
-"""Several processes as one (torchrun): each has the whole batch and trains on a share of it."""
+"""What every script needs before and after its work: how threads wait, several processes, signals.
 
-import contextlib
+Imported before torch, which reads OpenMP's variables once, when it is loaded. By default OpenMP's
+threads spin while they wait for each other. On a shared machine a spinning thread occupies the core
+that the thread it waits for needs: one busy process beside it made a training step 24 times as slow
+on two cores, and makes it twice as slow with these settings (docs/experiments.md). If the user has
+set any of the variables, they are left alone.
+"""
+
 import os
+
+OPENMP_WAITING = {
+    "GOMP_SPINCOUNT": "2000",  # GNU's, in PyTorch's wheels for Linux: turns of a loop
+    "KMP_BLOCKTIME": "0",  # LLVM's and Intel's, in conda and on macOS: milliseconds
+}
+OPENMP_VARIABLES = {"OMP_WAIT_POLICY", *OPENMP_WAITING}
+
+if not OPENMP_VARIABLES & os.environ.keys():
+    os.environ.update(OPENMP_WAITING)
+
+# ruff: noqa: E402
+import contextlib
+import signal
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -14,8 +34,34 @@ class ParallelError(Exception):
     """The processes cannot work together; the message is one line for the user."""
 
 
+# --- the end of a script ----------------------------------------------------------------------
+
+
+def run(main: Callable[[], int]) -> int:
+    """The exit code of a script: main's, 130 after Ctrl-C or SIGTERM, 141 if a pipe was closed.
+
+    SIGTERM is as Ctrl-C, so that what cleans up behind one cleans up behind the other.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # here, not at exit, where nothing can be caught
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `| head`; Python writes what is left once more, at exit
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        return 141
+
+
+# --- several processes (torchrun) ---------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Within: the processes that torchrun started, if it did, work as one on "cuda" or the CPU.
 
     Raises ParallelError.
@@ -39,29 +85,29 @@ def joined(device: str) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
-    if processes() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes train together (torchrun); each has the whole batch and trains a share."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def process() -> int:
-    """The number of this one; only 0 writes and speaks."""
+def rank() -> int:
+    """The number of this process; only 0 writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(batch: Tensor) -> Tensor:
+def local_shard(batch: Tensor) -> Tensor:
     """The part of a batch that this process trains on."""
-    return batch if processes() == 1 else batch.tensor_split(processes())[process()]
+    return batch if world_size() == 1 else batch.tensor_split(world_size())[rank()]
 
 
-def say(text: str) -> None:
-    if process() == 0:
+def print_rank0(text: str) -> None:
+    if rank() == 0:
         print(text, flush=True)
 
 
