@@ -1,15 +1,22 @@
-"""Every speed figure of the README, measured side by side on this machine.
+"""Measure the speed figures of README.md and docs/, side by side on this machine.
 
-    uv run --group bench -m bench.speed                   # 6 minutes on 2 cores
-    uv run --group bench -m bench.speed --only predict    # 2 minutes
+    uv run --group bench -m bench.speed                         # 6 minutes on 2 cores
+    uv run --group bench -m bench.speed --only inference        # one part
+    uv run --group bench -m bench.speed --deepsparse ENV/bin/python
 
-Prints a table for each part and ends with one line of JSON. What is compared runs in turns, so that
-a machine that slows down slows down all; shown are medians, and the JSON holds the spread as well.
+Prints the figures of each part and, as its last line, the content of bench/bench.json. What is
+compared runs in turns, so that a machine that slows down slows down all; figures are medians.
+DeepSparse runs only in a Python 3.11 environment of its own:
+
+    uv venv --python 3.11 ENV
+    uv pip install --python ENV/bin/python deepsparse==1.8.0 'numpy<2' setuptools
 """
 
 import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
+import functools
+import io
 import json
 import os
 import statistics
@@ -18,16 +25,15 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
@@ -38,570 +44,416 @@ import export
 import models
 import prune
 import train
+from bench import ROOT, SHIPPED
 from engine import inference, rewrite
 from runlog import record
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "pruned_resnet18.pth"
-SHIPPED = sorted(WEIGHTS.parent.glob("pruned_resnet18*.pth"))
-BATCHES = (1, 32, 256, 1024)
-WAY_BATCHES = (1, 256)
-PARTS = ("train", "files", "bits", "predict", "shipped", "ways", "start", "shared")
-BITS = (32, 16, 8, 7, 6, 5, 4, 3)
-ROUNDS = 5  # of all that is compared, in turns
-SECONDS = 0.3  # at least, that each is run in a round
+OURS = "this project"
+PARTS = ("train", "bits", "inference", "export", "start")
+BATCHES = (1, 16, 64, 256, 1024)
+EXPORT_BATCHES = (1, 256)
+BITS = (32, 16, 8, 4)
+STEPS = 16  # of a training round
+ROUNDS = 5
+SECONDS = 0.3  # each round runs what it measures for at least so long
 
 
-def alternate(
-    runs: dict[str, Callable[[], object]], seconds: float | None = None, rounds: int | None = None
-) -> dict[str, list[float]]:
-    """Seconds of one call of each of `runs`: a figure, itself a mean, for each of `rounds`."""
-    seconds, rounds = SECONDS if seconds is None else seconds, rounds or ROUNDS
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def medians(
+    runs: dict[Hashable, Callable[[], object]],
+    seconds: float | None = None,
+    peer: Callable[[], dict[Hashable, float]] = dict,
+) -> dict[Hashable, float]:
+    """Median seconds of one call of each of `runs`, which take turns for ROUNDS rounds.
+
+    `peer` is called once a round, and returns seconds that it measured itself.
+    """
+    seconds, rounds = SECONDS if seconds is None else seconds, []
     for run in runs.values():  # warm up
         run()
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
+        times = peer()
         for name, run in runs.items():
             began, calls = time.perf_counter(), 0
             while calls == 0 or time.perf_counter() - began < seconds:
                 run()
                 calls += 1
-            times[name].append((time.perf_counter() - began) / calls)
-    return times
+            times[name] = (time.perf_counter() - began) / calls
+        rounds.append(times)
+    return {name: statistics.median(times[name] for times in rounds) for name in rounds[0]}
 
 
-class Figures:
-    """Medians for the tables, and the ranges they lie in: nested dicts of the same shape."""
-
-    def __init__(self):
-        self.medians: dict = {}
-        self.ranges: dict = {}
-
-    def add(self, figures: list[float], *keys: str, digits: int = 0) -> None:
-        low, middle, high = min(figures), statistics.median(figures), max(figures)
-        for tree, value in (
-            (self.medians, round(middle, digits)),
-            (self.ranges, [round(low, digits), round(high, digits)]),
-        ):
-            for key in keys[:-1]:
-                tree = tree.setdefault(key, {})
-            tree[keys[-1]] = value
+def show(title: str, rows: dict[str, dict[str, object]]) -> None:
+    """Print a table with a line for each of `rows`."""
+    print(f"\n{title}")
+    for name, row in rows.items():
+        cells = (
+            f"{key} {v:,}" if not isinstance(v, str) else f"{key} {v}" for key, v in row.items()
+        )
+        print(f"  {name:44}{', '.join(cells)}", flush=True)
 
 
-# --- predict ------------------------------------------------------------------------------------
+def by_batch(times: dict[tuple[str, int], float]) -> dict[str, dict[str, int]]:
+    """Images/s by name and batch size, of seconds of a batch."""
+    table: dict[str, dict[str, int]] = {}
+    for (name, n), seconds in times.items():
+        table.setdefault(name, {})[f"batch {n}"] = round(n / seconds)
+    return table
 
 
-def engines(model: nn.Module, device: torch.device, example: Tensor) -> dict[str, Callable]:
-    """What runs the network, by name: each takes float32 images (N, 3, H, H), gives logits."""
-    fp32 = model.to(device)
-    bf16 = rewrite.inference_copy(model, device, True, example.shape[-1])
+# --- inference ----------------------------------------------------------------------------------
+
+
+def engines(model: nn.Module, file: bytes, device: torch.device, size: int) -> dict[str, Callable]:
+    """What runs the network, by name: functions of float32 images (N, 3, H, H)."""
+    bf16 = rewrite.inference_copy(model, device, True, size)
     made: dict[str, Callable] = {
-        "dense_fp32": fp32,
-        "dense_bf16": lambda images: bf16(images.to(torch.bfloat16)),
+        "PyTorch, dense, fp32": model.to(device),
+        "PyTorch, dense, bf16, BatchNorm folded": lambda images: bf16(images.to(torch.bfloat16)),
     }
     if device.type != "cpu":
         return made
-    made["sparse"] = inference.SparseResNet(model, example.shape[-1])
-    threads = torch.get_num_threads()
-    try:
-        import onnxruntime
-    except ImportError:
-        print("onnxruntime: not installed (--group bench)", file=sys.stderr)
-    else:
-        file = export.to_onnx(model, example)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(file, options)
-        made["onnxruntime"] = lambda images: session.run(None, {"images": images.numpy()})[0]
-    try:
-        import openvino
-    except ImportError:
-        print("openvino: not installed (--group bench)", file=sys.stderr)
-    else:
-        made["openvino"] = OpenVino(openvino, model, threads)
-    return made
+    for name, build in (("ONNX Runtime, dense", onnxruntime), ("OpenVINO, dense", openvino)):
+        try:
+            made = {name: build(file, torch.get_num_threads()), **made}
+        except ImportError:
+            print(f"{name}: left out, it is not installed (--group bench)", file=sys.stderr)
+    return {OURS: inference.SparseResNet(model, size), **made}
 
 
-class OpenVino:
-    """The network compiled by OpenVINO for each batch size it meets, in OpenVINO's own choice of
-    precision (bf16 where the CPU has it)."""
+def onnx_with_zeros(model: nn.Module, images: Tensor) -> bytes:
+    """The network of float32 images as ONNX, BatchNorm folded, for any batch size.
 
-    def __init__(self, openvino, model: nn.Module, threads: int):
-        self.openvino, self.model = openvino, model
-        self.config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-        self.compiled: dict[int, object] = {}
-
-    def __call__(self, images: Tensor) -> object:
-        if len(images) not in self.compiled:
-            converted = self.openvino.convert_model(self.model, example_input=images)
-            converted.reshape(list(images.shape))
-            compiled = self.openvino.compile_model(converted, "CPU", self.config)
-            self.compiled[len(images)] = compiled.create_infer_request()
-        return self.compiled[len(images)].infer([images.numpy()])[0]
-
-
-@torch.inference_mode()
-def predict(weights: Path, source: data.Source, device: torch.device) -> Figures:
-    """Images per second: forward passes of batches that are in memory."""
-    model, _ = checkpoint.load(weights)
-    images_u8, _ = data.load(source, "test")
-    images = models.normalize(images_u8[: max(BATCHES)]).contiguous().to(device)
-    made = engines(model, device, images[:2].cpu())
-    results = Figures()
-    print(f"{'images/s':14}" + "".join(f"{f'batch {n}':>12}" for n in BATCHES), flush=True)
-    for n in BATCHES:
-        batch = images[:n].clone()
-
-        def run(engine: Callable, batch: Tensor = batch) -> None:
-            engine(batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        times = alternate({name: lambda e=engine: run(e) for name, engine in made.items()})
-        for name, seconds in times.items():
-            results.add([n / s for s in seconds], name, str(n))
-    for name, row in results.medians.items():
-        print(f"{name:14}" + "".join(f"{row[str(n)]:>12,.0f}" for n in BATCHES))
-    return results
-
-
-@torch.inference_mode()
-def ways(weights: Path, source: data.Source) -> Figures:
-    """What leaves this project, each way in one thread: kB, images per second, equal predictions.
-
-    And images per second of one sparse engine that 1 and 2 threads share, each a batch at a time.
+    By the older of PyTorch's exporters: DeepSparse supports none of the other's graph.
     """
-    model, meta = checkpoint.load(weights)
-    size = meta.get("image_size", 28)
-    images_u8, _ = data.load(source, "test")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    expected = models.infer(model, images_u8).argmax(1)
-    results, engines = Figures(), {}
-
-    def normalized(engine: Callable) -> Callable:
-        return lambda images_u8: engine(models.normalize(images_u8).contiguous())
-
-    engine = inference.SparseResNet(model, size)
-    results.add([weights.stat().st_size], "sparse", "bytes")
-    engines["sparse"] = normalized(engine)
-    with tempfile.TemporaryDirectory() as scratch:
-        for bits in (16, 8):
-            path, name = Path(scratch) / "bits.pth", f"{bits} bits"
-            checkpoint.save(path, model, meta, bits)
-            results.add([path.stat().st_size], name, "bytes")
-            engines[name] = normalized(inference.SparseResNet(checkpoint.load(path)[0], size))
-    for bits in (32, 8) if export.compiler() else ():
-        name = f"c {bits} bits"
-        _, written = export.c_file(model, meta, "net", bits, [])
-        results.add([written.table_bytes], name, "bytes")
-        engines[name] = export.CLibrary(written.text(), "net", meta["num_classes"])
-    try:
-        import onnxruntime
-    except ImportError:
-        print("onnxruntime: not installed (--group bench)", file=sys.stderr)
-    else:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        slim = export.ExportModel(model, size, meta.get("grey", True)).eval()
-        for name, module in (("onnx", slim), ("onnx stock", export.ReferenceModel(model).eval())):
-            file = export.to_onnx(module, images_u8[:2])
-            session = onnxruntime.InferenceSession(file, options)
-            results.add([len(file)], name, "bytes")
-            engines[name] = lambda images, session=session: torch.from_numpy(
-                session.run(None, {"images": images.numpy()})[0]
-            )
-    for name, run in engines.items():
-        logits = torch.cat([run(part) for part in images_u8.split(250)])
-        results.add([int((logits.argmax(1) == expected).sum())], name, "equal")
-        results.add([len(expected)], name, "of")
-    for n in WAY_BATCHES:
-        batch = images_u8[:n].clone()
-        runs = {name: lambda run=run, batch=batch: run(batch) for name, run in engines.items()}
-        for name, seconds in alternate(runs).items():
-            results.add([n / s for s in seconds], name, str(n))
-        serving(engine, models.normalize(batch).contiguous(), results)
-    torch.set_num_threads(threads)
-    print(f"\n{'way out':14}{'kB':>10}{'equal':>8}{'batch 1':>10}{'batch 256':>11}")
-    for name, row in results.medians.items():
-        size = f"{row['bytes'] / 1000:,.0f}" if "bytes" in row else ""
-        rates = [f"{row[str(n)]:,.0f}" for n in WAY_BATCHES]
-        print(f"{name:14}{size:>10}{row.get('equal', ''):>8}{rates[0]:>10}{rates[-1]:>11}")
-    return results
+    file, names = io.BytesIO(), {"input_names": ["images"], "output_names": ["logits"]}
+    axes = {"dynamo": False, "opset_version": 13, "dynamic_axes": {"images": {0: "batch"}}}
+    torch.onnx.export(rewrite.fold_batchnorm(model).float(), (images,), file, **names, **axes)
+    return file.getvalue()
 
 
-def serving(engine: Callable, images: Tensor, results: Figures) -> None:
-    """Images per second of one engine that 1 and 2 threads give a batch at a time."""
-    n = len(images)
-    repeats = max(2000 // n, 1)
+def onnxruntime(file: bytes, threads: int) -> Callable:
+    import onnxruntime
 
-    def serve() -> None:
-        for _ in range(repeats):
-            engine(images)
-
-    def shared(threads: int) -> None:
-        for done in [pool.submit(serve) for _ in range(threads)]:
-            done.result()
-
-    with ThreadPoolExecutor(2) as pool:
-        runs = {threads: lambda threads=threads: shared(threads) for threads in (1, 2)}
-        for threads, seconds in alternate(runs).items():
-            rates = [threads * repeats * n / s for s in seconds]
-            results.add(rates, f"threads {threads}", str(n))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file, options)
+    return lambda images: session.run(None, {"images": images.numpy()})[0]
 
 
-def shipped() -> Figures:
-    """Multiply-adds, and images per second of `engine`, of the weights in this repository."""
-    results, engines = Figures(), {}
+def openvino(file: bytes, threads: int) -> Callable:
+    """In the precision that OpenVINO chooses (bf16 where the CPU has it), compiled for each batch
+    size."""
+    import openvino
+
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    core, compiled = openvino.Core(), {}
+
+    def run(images: Tensor) -> object:
+        if len(images) not in compiled:
+            model = core.read_model(file)
+            model.reshape(list(images.shape))
+            compiled[len(images)] = core.compile_model(model, "CPU", config).create_infer_request()
+        return compiled[len(images)].infer([images.numpy()])[0]
+
+    return run
+
+
+def deepsparse(python: Path | None, file: bytes) -> Callable[[], dict]:
+    """A peer for `medians`: DeepSparse, run by the interpreter `python`."""
+    if python is None:
+        print("DeepSparse: left out, no interpreter was given (--deepsparse)", file=sys.stderr)
+        return dict
+    script = Path(__file__).with_name("deepsparse_peer.py")
+
+    def turn() -> dict[tuple[str, int], float]:
+        with tempfile.TemporaryDirectory() as folder:
+            onnx = Path(folder) / "network.onnx"
+            onnx.write_bytes(file)
+            command = [python, script, onnx, SECONDS, *BATCHES]
+            quiet = os.environ | {"NM_DISABLE_ANALYTICS": "True"}
+            done = subprocess.run(map(str, command), env=quiet, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise OSError(f"--deepsparse {python}: {reason}")
+        rates = json.loads(done.stdout.splitlines()[-1])
+        return {("DeepSparse 1.8", int(n)): int(n) / rate for n, rate in rates.items()}
+
+    return turn
+
+
+def matrix_gflops(side: int = 2048) -> int:
+    """fp32 GFLOP/s of a matrix product, the better of PyTorch's and NumPy's BLAS libraries."""
+    a = torch.randn(side, side)
+    times = medians({"torch": lambda: a @ a, "numpy": lambda: np.matmul(a.numpy(), a.numpy())})
+    return round(2 * side**3 / min(times.values()) / 1e9)
+
+
+def run(engine: Callable[[Tensor], object], images: Tensor) -> None:
+    engine(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def measure_inference(args: argparse.Namespace, device: torch.device) -> dict:
+    """Images/s of forward passes of the included networks, for batches that are in memory."""
+    figures = {"gflops": matrix_gflops() if device.type == "cpu" else None, "networks": {}}
     for path in SHIPPED:
         model, meta = checkpoint.load(path)
-        engines[path.name] = inference.SparseResNet(model, meta["image_size"])
-        results.add([engines[path.name].many.multiply_adds], path.name, "multiply_adds")
-    images = torch.randn(max(WAY_BATCHES), 3, 28, 28)
-    images[:, 1:] = images[:, :1]
-    for n in WAY_BATCHES:
-        batch = images[:n].clone()
-        runs = {name: lambda e=engine, batch=batch: e(batch) for name, engine in engines.items()}
-        for name, seconds in alternate(runs).items():
-            results.add([n / s for s in seconds], name, str(n))
-    print(f"\n{'weights':28}{'multiply-adds':>14}{'batch 1':>10}{'batch 256':>11}")
-    for name, row in results.medians.items():
-        rates = [f"{row[str(n)]:,.0f}" for n in WAY_BATCHES]
-        print(f"{name:28}{row['multiply_adds']:>14,}{rates[0]:>10}{rates[-1]:>11}")
-    return results
+        size = meta["image_size"]
+        grey = torch.rand(max(BATCHES), 1, size, size) * 2 - 1
+        images = grey.expand(-1, 3, -1, -1).contiguous()
+        file = onnx_with_zeros(model, images[:1]) if device.type == "cpu" else b""
+        peer = deepsparse(args.deepsparse, file) if device.type == "cpu" else dict
+        runs = {
+            (name, n): functools.partial(run, engine, images[:n].clone().to(device))
+            for name, engine in engines(model, file, device, size).items()
+            for n in BATCHES
+        }
+        rates = by_batch(medians(runs, peer=peer))
+        rates = {OURS: rates.pop(OURS, {}), **rates} if device.type == "cpu" else rates
+        show(f"{path.name}, images/s", rates)
+        multiply_adds = inference.SparseResNet(model, size).many.multiply_adds
+        figures["networks"][path.name] = {"multiply_adds": multiply_adds, "images/s": rates}
+    print(f"\nfp32 matrix product: {figures['gflops']} GFLOP/s")
+    return figures
 
 
-# --- train --------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
-def training(source: data.Source, device: torch.device) -> Figures:
-    """Seconds of one step of distillation while pruning: as train.py does it, the bare work of its
-    networks on a batch that is there already, and the way such a loop is usually written."""
-    recipe = train.RECIPES["cpu"]
-    stage, few = recipe.pruned[-1], (16 if device.type == "cpu" else 200) * recipe.batch_size
-    images, setup = train.prepare(source, replace(recipe, images=few), device)
-
-    def batches() -> Iterable[tuple[Tensor, Tensor]]:
-        return images.batches(torch.Generator(device).manual_seed(0))
-
-    rates = [1e-3] * images.steps
-
+def measure_training(args: argparse.Namespace, device: torch.device) -> dict:
+    """Milliseconds of a step of distillation of a pruned ResNet18 from a ResNet50: train.py's, and
+    the same written as is usual."""
+    settings, training = distill.Batches(), distill.Training(epochs=1)
+    settings = distill.Batches(images=STEPS * settings.batch_size)
+    images, context = train.prepare(data.find(args.data), settings, device)
     plain_teacher = models.build("resnet50", images.classes).to(device).eval()
-    teacher = setup.frozen(plain_teacher)
-    network = distill.TrainState(models.build("resnet18", images.classes), stage, setup)
-    network.cut(100_000, [])
-    bare = distill.TrainState(models.build("resnet18", images.classes), stage, setup)
-    fixed, targets = next(iter(batches()))
+    teacher = distill.Teacher([context.inference_copy(plain_teacher)])
+    network = distill.TrainState(models.build("resnet18", images.classes), training, context)
+    network.prune_to(100_000, [])
+    rates = [1e-3] * images.steps
 
     def ours() -> None:
         progress = distill.Progress(images.steps, images.classes, device)
-        answers = distill.Teacher([teacher])
-        distill.train_epoch(network, batches(), answers, rates, progress, distill.Stop())
+        batches = images.batches(Generator(device).manual_seed(0))
+        distill.train_epoch(network, batches, teacher, rates, progress, distill.Stop())
 
-    def only_networks() -> None:
-        for _ in rates:
-            with torch.no_grad():
-                teacher(fixed.to(next(teacher.parameters()).dtype))
-            with setup.autocast():
-                logits = bare.model(fixed)
-            bare.optimizer.zero_grad()
-            F.cross_entropy(logits.float(), targets).backward()
-            bare.optimizer.step()
-
-    usual = UsualLoop(images, stage, device, plain_teacher)
-    # The first two differ by a few percent, which takes more rounds to see.
-    steps = alternate({"ours": ours, "bare": only_networks}, seconds=0, rounds=2 * ROUNDS)
-    steps |= alternate({"usual": usual}, seconds=0)
-    results = Figures()
-    for name, seconds in steps.items():
-        results.add([1000 * s / images.steps for s in seconds], name, digits=1)
-    row = results.medians
-    row["ours_over_bare"] = round(row["ours"] / row["bare"], 3)
-    row["usual_over_ours"] = round(row["usual"] / row["ours"], 2)
-    row["peak_memory_mb"] = models.peak_memory_mb(device)
-    print(f"\n{'step of ' + str(recipe.batch_size) + ' images':36}{'ms':>8}")
-    for name, title in (
-        ("ours", "train.py"),
-        ("bare", "its networks alone, on a fixed batch"),
-        ("usual", "PIL, DataLoader, fp32, eager"),
-    ):
-        print(f"{title:36}{row[name]:>8,.1f}")
-    return results
+    usual = usual_loop(images, training, device, plain_teacher)
+    runs = {
+        "`train.py`": ours,
+        "PIL in DataLoader workers, dense, fp32, metrics read at each step": usual,
+    }
+    times = medians(runs, seconds=0)
+    rows = {name: {"ms": round(1000 * s / images.steps)} for name, s in times.items()}
+    show(f"distillation step, {images.batch_size} images", rows)
+    return rows
 
 
-class UsualLoop:
-    """The same training as most people write it: PIL transforms in DataLoader workers, plain
-    networks in fp32, masks from torch.nn.utils.prune, metrics read at each step."""
+class PilImages(Dataset):
+    """Images and labels of `data`, transformed one by one, as torchvision's data sets do it."""
 
-    def __init__(
-        self,
-        images: distill.TrainingData,
-        stage: distill.Stage,
-        device: torch.device,
-        teacher: nn.Module,
-    ):
-        recipe = images.recipe
-        self.device, self.stage, self.teacher = device, stage, teacher
-        self.mixup = torch.distributions.Beta(recipe.mixup_alpha, recipe.mixup_alpha)
-        transform = v2.Compose(
+    def __init__(self, data: distill.TrainingData):
+        self.images = [Image.fromarray(image.numpy()) for image in data.images_u8.cpu()]
+        self.labels = data.labels.tolist()
+        self.transform = v2.Compose(
             [
                 v2.Grayscale(3),
-                v2.RandomResizedCrop(images.images_u8.shape[-1], recipe.crop_scale),
+                v2.RandomResizedCrop(data.images_u8.shape[-1], data.settings.crop_scale),
                 v2.RandomHorizontalFlip(),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize([0.5] * 3, [0.5] * 3),
             ]
         )
-        samples = [
-            (Image.fromarray(image.numpy()), int(label))
-            for image, label in zip(images.images_u8.cpu(), images.labels, strict=True)
-        ]
-        self.loader = DataLoader(
-            samples,
-            recipe.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=os.cpu_count(),
-            persistent_workers=True,
-            collate_fn=Collate(transform),
-        )
-        model = models.build("resnet18", images.classes).to(device)
-        self.model = prune.with_masks(model)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
-        )
-        self.accuracy = MulticlassAccuracy(10, average="micro").to(device)
 
-    def __call__(self) -> None:
-        self.model.train()
-        for images, labels in self.loader:
-            images, labels = images.to(self.device), labels.to(self.device)
-            share = self.mixup.sample().item()
-            images = share * images + (1 - share) * images.roll(1, 0)
-            targets = F.one_hot(labels, 10).float()
-            targets = share * targets + (1 - share) * targets.roll(1, 0)
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def usual_loop(
+    data: distill.TrainingData, training: distill.Training, device: torch.device, teacher: nn.Module
+) -> Callable[[], None]:
+    """An epoch of the same training as it is usually written: PIL transforms in DataLoader workers,
+    dense networks in fp32, masks of torch.nn.utils.prune, metrics read at each step."""
+    mixup = torch.distributions.Beta(data.settings.mixup_alpha, data.settings.mixup_alpha)
+    workers = {"num_workers": os.cpu_count(), "persistent_workers": True}
+    loader = DataLoader(PilImages(data), data.batch_size, shuffle=True, drop_last=True, **workers)
+    model = prune.with_masks(models.build("resnet18", data.classes).to(device))
+    rates = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    optimizer = torch.optim.SGD(model.parameters(), **rates)
+    metric = MulticlassAccuracy(data.classes, average="micro").to(device)
+
+    def epoch() -> None:
+        model.train()
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            weight = mixup.sample().item()
+            images = weight * images + (1 - weight) * images.roll(1, 0)
+            targets = F.one_hot(labels, data.classes).float()
+            targets = weight * targets + (1 - weight) * targets.roll(1, 0)
             with torch.no_grad():
-                teacher_logits = self.teacher(images)
-            logits = self.model(images)
-            kd = self.stage.kd_weight, self.stage.temperature
+                teacher_logits = teacher(images)
+            logits = model(images)
+            kd = training.kd_weight, training.temperature
             loss = distill.distillation_loss(logits, teacher_logits, targets, *kd)
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), distill.MAX_GRAD_NORM)
-            self.optimizer.step()
-            loss.item(), self.accuracy(logits, labels).item()
+            nn.utils.clip_grad_norm_(model.parameters(), distill.MAX_GRAD_NORM)
+            optimizer.step()
+            loss.item(), metric(logits, labels).item()
 
-
-class Collate:
-    """Transform and stack a list of (PIL image, label), in a worker."""
-
-    def __init__(self, transform: Callable):
-        self.transform = transform
-
-    def __call__(self, samples: list) -> tuple[Tensor, Tensor]:
-        images = torch.stack([self.transform(image) for image, _ in samples])
-        return images, torch.tensor([label for _, label in samples])
+    return epoch
 
 
 # --- files --------------------------------------------------------------------------------------
 
 
-def files(weights: Path) -> Figures:
-    """Bytes of the weights as we write them and as a plain state dict, and seconds to load them."""
-    model, meta = checkpoint.load(weights)
-    kind = meta["arch"], meta["num_classes"], False, meta["stem"]
-    with tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "plain.pth"
-        torch.save(model.state_dict(), plain)
-        times = alternate(
-            {
-                "pruned": lambda: checkpoint.load(weights),
-                "plain": lambda: models.build(*kind).load_state_dict(torch.load(plain)),
+@torch.inference_mode()
+def measure_bits(args: argparse.Namespace, device: torch.device) -> dict:
+    """Quantized weights: size of the file, predictions that change, test accuracy."""
+    model, meta = checkpoint.load(args.weights)
+    images_u8, labels = data.load(data.find(args.data), "test")
+    rows, expected = {}, models.infer(model, images_u8).argmax(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quantized.pth"
+        for bits in BITS:
+            checkpoint.save(path, model, meta, bits)
+            logits = models.infer(checkpoint.load(path)[0], images_u8)
+            rows[str(bits)] = {
+                "kB": round(path.stat().st_size / 1000),
+                "changed predictions": int((logits.argmax(1) != expected).sum()),
+                "test accuracy": f"{models.accuracy(logits, labels):.2%}",
             }
-        )
-        results = Figures()
-        for name, path in (("pruned", weights), ("plain", plain)):
-            results.add([path.stat().st_size], name, "bytes")
-            results.add([1000 * s for s in times[name]], name, "load_ms")
-    print(f"\n{'file':36}{'kB':>8}{'load, ms':>12}")
-    for name, title in (("pruned", weights.name), ("plain", "torch.save(model.state_dict())")):
-        row = results.medians[name]
-        print(f"{title:36}{row['bytes'] / 1000:>8,.0f}{row['load_ms']:>12,.0f}")
-    return results
+    show("bits", rows)
+    return rows
 
 
 @torch.inference_mode()
-def bits(weights: Path, source: data.Source) -> Figures:
-    """Weights of fewer bits: bytes of the file, predictions that change, test accuracy."""
-    model, meta = checkpoint.load(weights)
-    images_u8, labels = data.load(source, "test")
-    results, expected = Figures(), models.infer(model, images_u8).argmax(1)
-    print(f"\n{'bits':>6}{'kB':>8}{'changed':>10}{'test accuracy':>16}")
+def measure_export(args: argparse.Namespace, device: torch.device) -> dict:
+    """Each way to run the network elsewhere, in one thread: kB, equal predictions, images/s."""
+    torch.set_num_threads(1)
+    model, meta = checkpoint.load(args.weights)
+    images_u8, _ = data.load(data.find(args.data), "test")
+    expected, size = models.infer(model, images_u8).argmax(1), meta["image_size"]
+    runs, rows = {}, {}
+
+    def add(name: str, size_bytes: int, engine: Callable[[Tensor], object]) -> None:
+        logits = torch.cat([torch.as_tensor(engine(part)) for part in images_u8.split(250)])
+        equal = int((logits.argmax(1) == expected).sum())
+        rows[name] = {"kB": round(size_bytes / 1000), "equal predictions": equal}
+        for n in EXPORT_BATCHES:
+            runs[name, n] = functools.partial(engine, images_u8[:n].clone())
+
+    def sparse(model: nn.Module) -> Callable:
+        engine = inference.SparseResNet(model, size)
+        return lambda images_u8: engine(models.normalize(images_u8).contiguous())
+
+    with tempfile.TemporaryDirectory() as folder:
+        for bits in (32, 16, 8):
+            path = Path(folder) / "network.pth"
+            checkpoint.save(path, model, meta, bits)
+            add(f"`.pth`, {bits} bits", path.stat().st_size, sparse(checkpoint.load(path)[0]))
+    for bits in (32, 8) if export.compiler() else ():
+        _, source = export.c_file(model, meta, "net", bits, [])
+        library = export.CLibrary(source.text(), "net", meta["num_classes"])
+        add(f"`.c`, {bits} bits", source.table_bytes, library)
+    for name, module in (
+        ("`.onnx`", export.ExportModel(model, size, meta.get("grey", True))),
+        ("`.onnx`, unpruned architecture", export.ReferenceModel(model)),
+    ):
+        file = export.to_onnx(module.eval(), images_u8[:2])
+        add(name, len(file), onnxruntime(file, 1))
+    rates = by_batch(medians(runs))
+    rows = {name: row | rates[name] for name, row in rows.items()}
+    show("export, images/s in one thread", rows)
+    return rows
+
+
+# --- start --------------------------------------------------------------------------------------
+
+
+def measure_start(args: argparse.Namespace, device: torch.device) -> dict:
+    """Seconds of whole processes."""
+    first = (
+        "import torch, checkpoint; from engine import inference; "
+        f"model, _ = checkpoint.load({str(args.weights)!r}); "
+        "inference.SparseResNet(model, 28)(torch.zeros(1, 3, 28, 28))"
+    )
+    folder = data.find(args.data).path
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "bits.pth"
-        for n in BITS:
-            checkpoint.save(path, model, meta, n)
-            logits = models.infer(checkpoint.load(path)[0], images_u8)
-            row = {
-                "bytes": path.stat().st_size,
-                "changed": int((logits.argmax(1) != expected).sum()),
-                "of": len(labels),
-                "percent": 100 * models.accuracy(logits, labels),
-            }
-            for name, figure in row.items():
-                results.add([figure], str(n), name, digits=2 * (name == "percent"))
-            print(f"{n:>6}{row['bytes'] / 1000:>8,.0f}{row['changed']:>10}{row['percent']:>15.2f}%")
-    return results
-
-
-# --- the start of a process ---------------------------------------------------------------------
-
-
-def start(weights: Path, source: data.Source) -> Figures:
-    """Seconds of whole processes: Python with PyTorch, an engine's first answer, predict.py."""
-    with tempfile.TemporaryDirectory() as scratch:
-        output = str(Path(scratch) / "out.csv")
-        first = (
-            "import torch, checkpoint; from engine import inference; "
-            f"model, _ = checkpoint.load({str(weights)!r}); "
-            "inference.SparseResNet(model, 28)(torch.zeros(1, 3, 28, 28))"
-        )
-        flags = ["-w", str(weights), "--data", str(source.path), "-o", output]
+        flags = ["-w", args.weights, "--data", folder, "-o", Path(scratch) / "out.csv"]
         commands = {
-            "torch": ["-c", "import torch"],
-            "first answer": ["-c", first],
-            "predict.py": ["predict.py", *flags],
+            "Python, `import torch`": ["-c", "import torch"],
+            "load weights, build an engine, classify one image": ["-c", first],
+            "`predict.py`, 10,000 images": ["predict.py", *flags],
         }
 
-        def run(arguments: list[str]) -> None:
-            command = [sys.executable, *arguments]
-            subprocess.run(command, cwd=WEIGHTS.parent, stdout=subprocess.DEVNULL, check=True)
+        def start(arguments: list) -> None:
+            command = [sys.executable, *map(str, arguments)]
+            subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
-        runs = {name: lambda a=arguments: run(a) for name, arguments in commands.items()}
-        results = Figures()
-        print(f"\n{'process':36}{'s':>8}")
-        for name, seconds in alternate(runs, seconds=0, rounds=min(ROUNDS, 3)).items():
-            results.add(seconds, name, digits=1)
-            print(f"{name:36}{results.medians[name]:>8.1f}")
-    return results
-
-
-# --- a machine that is shared ---------------------------------------------------------------------
-
-
-def shared() -> Figures:
-    """Milliseconds of a training step and of dense inference, alone and beside one busy process,
-    with our waiting policy (runtime.py) and with OpenMP's own."""
-    others = {
-        name: value for name, value in os.environ.items() if name not in runtime.OPENMP_VARIABLES
-    }
-    child = [sys.executable, "-c", "from bench import speed; speed.steps()"]
-    busy = [sys.executable, "-c", "while True: pass"]
-    results = Figures()
-    print(f"\n{'ms':36}{'step':>9}{'batch 1':>9}{'batch 256':>11}")
-    for state in ("quiet", "busy"):
-        # LLVM's default, so that runtime.py finds a policy that was chosen, and leaves GNU's alone.
-        for policy, more in (
-            ("ours", runtime.OPENMP_WAITING),
-            ("default", {"KMP_BLOCKTIME": "200"}),
-        ):
-            # In a session of its own, or the scheduler counts it and us as one.
-            beside = subprocess.Popen(busy, start_new_session=True) if state == "busy" else None
-            try:
-                done = subprocess.run(
-                    child, env=others | more, cwd=WEIGHTS.parent, stdout=subprocess.PIPE, check=True
-                )
-            finally:
-                if beside is not None:
-                    beside.kill()
-                    beside.wait()
-            row = json.loads(done.stdout)
-            for name, figures in row.items():
-                results.add(figures, policy, state, name, digits=1)
-            row = results.medians[policy][state].values()
-            title = f"{state}, {'runtime.py' if policy == 'ours' else 'as OpenMP waits by itself'}"
-            print(f"{title:36}" + "".join(f"{ms:>9,.1f}" for ms in row), flush=True)
-    return results
-
-
-def steps() -> None:
-    """Print milliseconds of single steps and forward passes of a ResNet18, at most 15 s of each."""
-    setup = distill.Context(
-        torch.device("cpu"), models.bf16_is_faster(torch.device("cpu")), 28, True
-    )
-    network = distill.TrainState(models.build("resnet18", 10), distill.Stage(1), setup)
-    network.model.train()
-    model = models.build("resnet18", 10).eval()
-    images = models.normalize(torch.randint(256, (256, 28, 28), dtype=torch.uint8))
-    targets = torch.eye(10)[torch.arange(256) % 10]
-    results = {}
-    for name, run, most in (
-        ("step", lambda: network.step(images, targets, None, 0.0)[0].item(), 20),
-        ("batch 1", torch.no_grad()(lambda: model(images[:1])), 200),
-        ("batch 256", torch.no_grad()(lambda: model(images)), 20),
-    ):
-        times, began = [], time.perf_counter()
-        while len(times) < most + 2 and (len(times) < 4 or time.perf_counter() - began < 15):
-            start = time.perf_counter()
-            run()
-            times.append(1000 * (time.perf_counter() - start))
-        results[name] = times[2:]  # without those that warm up
-    print(json.dumps(results))
+        runs = {name: functools.partial(start, flags) for name, flags in commands.items()}
+        times = medians(runs, seconds=0)
+    rows = {name: {"seconds": round(seconds, 1)} for name, seconds in times.items()}
+    show("processes, from start to end", rows)
+    return rows
 
 
 # --- command line -------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure the README's speed figures.")
-    parser.add_argument("--only", choices=PARTS, help="one part of the figures")
+    parser = argparse.ArgumentParser(description="Measure the speed figures of the documents.")
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument(
-        "-w", "--weights", type=Path, default=WEIGHTS, metavar="FILE",
-        help="of the network that predicts (default: pruned_resnet18.pth)",
+        "-w", "--weights", type=Path, default=SHIPPED[0], metavar="FILE",
+        help="network of the parts bits, export and start (default: pruned_resnet18.pth)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--deepsparse", type=Path, metavar="PYTHON",
+        help="interpreter of an environment that has DeepSparse (default: it is left out)",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the images")
     parser.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
     args = parser.parse_args(argv)
     if args.only is None:
-        return all_parts(argv or sys.argv[1:])
+        return all_parts(sys.argv[1:] if argv is None else argv)
     torch.set_flush_denormal(True)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of OpenVINO's use of torch.jit
+    warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
+    measure = {
+        "train": measure_training,
+        "bits": measure_bits,
+        "inference": measure_inference,
+        "export": measure_export,
+        "start": measure_start,
+    }[args.only]
     try:
         device = models.choose_device(args.device)
-        source = data.find(args.data)
-        part = {
-            "predict": lambda: predict(args.weights, source, device),
-            "train": lambda: training(source, device),
-            "files": lambda: files(args.weights),
-            "bits": lambda: bits(args.weights, source),
-            "start": lambda: start(args.weights, source),
-            "shipped": shipped,
-            "ways": lambda: ways(args.weights, source),
-            "shared": shared,
-        }[args.only]()
-    except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
+        machine = {"device": models.device_name(device), "threads": torch.get_num_threads()}
+        figures = measure(args, device)
+    except (OSError, models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"bench/speed.py: {error}", file=sys.stderr)
         return 2
-    machine = {"device": models.device_name(device), "threads": torch.get_num_threads()}
-    figures = {args.only: part.medians, "ranges": {args.only: part.ranges}}
-    print(json.dumps({**machine, "commit": record.commit(), **figures}), flush=True)
+    print(json.dumps({**machine, "commit": record.commit(), args.only: figures}), flush=True)
     return 0
 
 
 def all_parts(flags: list[str]) -> int:
-    """Each part in a process of its own (training and OpenVINO crash in the same), then one line
-    of JSON for all."""
+    """Each part in a process of its own (OpenVINO's threads and training's crash in the same), then
+    one line of JSON for all."""
     together: dict = {}
     for part in PARTS:
         command = [sys.executable, "-m", "bench.speed", *flags, "--only", part]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
-                if not line.startswith("{"):
+                if line.startswith("{"):
+                    together |= json.loads(line)
+                else:
                     print(line, end="", flush=True)
-                    continue
-                figures = json.loads(line)
-                ranges = {**together.get("ranges", {}), **figures.pop("ranges")}
-                together |= {**figures, "ranges": ranges}
         if process.returncode:
             return process.returncode
     print(json.dumps(together))
