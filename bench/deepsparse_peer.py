@@ -2,9 +2,9 @@
 
     python deepsparse_peer.py FILE.onnx SECONDS BATCH [BATCH ...]
 
-FILE takes one float32 input (N, 3, H, H): normalized grey images as three equal channels. Prints one
-line of JSON: images per second, by batch size. Each batch size runs for at least SECONDS after one
-call that warms up. Ends with 1 if DeepSparse would leave a part of the network to ONNX Runtime.
+FILE takes one float32 input (N, 3, H, H): normalized grey images as three equal channels. Prints
+one line of JSON: images per second, by batch size. Each batch size runs for at least SECONDS after
+one call that warms up. Ends with 1 if DeepSparse would leave a part of the network to ONNX Runtime.
 """
 
 import json

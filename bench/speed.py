@@ -49,7 +49,6 @@ from engine import inference, rewrite
 from runlog import record
 
 OURS = "this project"
-PARTS = ("train", "bits", "inference", "export", "start")
 BATCHES = (1, 16, 64, 256, 1024)
 EXPORT_BATCHES = (1, 256)
 BITS = (32, 16, 8, 4)
@@ -405,10 +404,18 @@ def measure_start(args: argparse.Namespace, device: torch.device) -> dict:
 
 # --- command line -------------------------------------------------------------------------------
 
+MEASURES = {
+    "train": measure_training,
+    "bits": measure_bits,
+    "inference": measure_inference,
+    "export": measure_export,
+    "start": measure_start,
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the speed figures of the documents.")
-    parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
+    parser.add_argument("--only", choices=MEASURES, help="one part (default: all)")
     parser.add_argument(
         "-w", "--weights", type=Path, default=SHIPPED[0], metavar="FILE",
         help="network of the parts bits, export and start (default: pruned_resnet18.pth)",
@@ -424,17 +431,10 @@ def main(argv: list[str] | None = None) -> int:
         return all_parts(sys.argv[1:] if argv is None else argv)
     torch.set_flush_denormal(True)
     warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
-    measure = {
-        "train": measure_training,
-        "bits": measure_bits,
-        "inference": measure_inference,
-        "export": measure_export,
-        "start": measure_start,
-    }[args.only]
     try:
         device = models.choose_device(args.device)
         machine = {"device": models.device_name(device), "threads": torch.get_num_threads()}
-        figures = measure(args, device)
+        figures = MEASURES[args.only](args, device)
     except (OSError, models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"bench/speed.py: {error}", file=sys.stderr)
         return 2
@@ -446,7 +446,7 @@ def all_parts(flags: list[str]) -> int:
     """Each part in a process of its own (OpenVINO's threads and training's crash in the same), then
     one line of JSON for all."""
     together: dict = {}
-    for part in PARTS:
+    for part in MEASURES:
         command = [sys.executable, "-m", "bench.speed", *flags, "--only", part]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:

@@ -167,8 +167,8 @@ def tables() -> dict[str, str]:
 
 def fill(text: str, content: dict[str, str]) -> str:
     """A document's `text` with its tables replaced by those of `content`. Raises KeyError."""
-    part = r"(<!-- (\w+): .*?-->\n).*?(\n<!-- end of \2 -->)"
-    return re.sub(part, lambda m: m[1] + content[m[2]] + m[3], text, flags=re.S)
+    part = r"(<!-- (\w+): [^\n]*-->\n).*?(<!-- end of \2 -->)"
+    return re.sub(part, lambda m: f"{m[1]}{content[m[2]]}\n{m[3]}", text, flags=re.S)
 
 
 def add(path: Path) -> None:

@@ -56,63 +56,73 @@ def curves(metrics: Path) -> bytes:
     return _png(figure)
 
 
-DENSE = {4: 11_181_642, 2: 11_173_962, 1: 11_173_962}  # parameters of a ResNet18, by its stem
-
-# Test accuracy, %, of others: parameters, accuracy, what it is, and where its text is, in points.
+# Test accuracy, %, of others (sources: docs/accuracy.md): parameters, accuracy, kind, text, and the
+# place of the text, in points.
 PUBLISHED = (
-    (98_954, 94.31, "3-conv CNN, distilled\n(epoch chosen on test)", (-20, 24)),
-    (85_956, 93.51, "pruned ResNet14, distilled\n(median of 185)", (-40, 16)),
-    (296_000, 94.7, "CNN, random erasing", (-6, 10)),
-    (768_000, 95.4, "DenseNet-BC", (-6, 0)),
-    (8_900_000, 96.7, "WRN40-4", (-6, 0)),
-    (11_200_000, 94.9, "ResNet18", (-6, 8)),
-    (25_600_000, 94.3, "ResNet50 at 28x28,\nbest of several", (6, -22)),
+    (98_954, 94.31, "today", "3-conv CNN, distilled\n(epoch chosen on test)", (-24, -4)),
+    (85_956, 93.51, "today", "pruned ResNet14, distilled\n(median of 185 runs)", (-58, 12)),
+    (270_000, 95.55, "today", "ResNet-20, 28x28 maps", (8, 16)),
+    (296_000, 94.7, "today", "CNN, random erasing", (12, 6)),
+    (25_600_000, 94.3, "today", "ResNet50 at 28x28\n(best of several)", (0, -24)),
+    (36_500_000, 95.7, "today", "WRN-28-10,\nrandom erasing", (-14, 0)),
+    (90_000, 95.77, "claim", "GhostNet found by search", (-10, 14)),
+    (768_000, 95.4, "first", "DenseNet-BC", (10, -10)),
+    (8_900_000, 96.7, "first", "WRN40-4", (-10, 0)),
+    (11_200_000, 94.9, "first", "ResNet18", (-10, 8)),
 )
-
+KINDS = {  # of PUBLISHED: label and marker
+    "today": ("published by others", {"marker": "o", "color": "tab:gray"}),
+    "claim": ("claimed: best epoch on test, no weights", {"marker": "x", "color": "tab:gray"}),
+    "first": (
+        "published on the data set's first release, not comparable",
+        {"marker": "o", "color": "tab:gray", "markerfacecolor": "white"},
+    ),
+}
 COLORS = {4: "tab:green", 2: "tab:blue", 1: "tab:purple"}  # of stems
 
 
-def sizes(results: Path, recipe: str) -> bytes:
-    """Test accuracy against parameters: a line for the networks of `recipe` in results.csv, a star
-    for those of each other recipe and teacher of which there are several seeds, and PUBLISHED.
+def sizes(results: Path) -> bytes:
+    """A PNG of test accuracy against parameters, of `results` (results.csv) and of PUBLISHED.
 
-    Of several seeds, the mean and, as a bar, lowest and highest.
+    A run that kept networks of several sizes is a line. Of other commands, those with several seeds
+    are stars: the mean and, as a bar, lowest and highest.
     """
-    rows = pd.read_csv(results).dropna(subset="pruned_test")
-    figure, axes = plt.subplots(figsize=(10.5, 6), layout="constrained")
-    for parameters, accuracy, text, place in PUBLISHED:
-        (others,) = axes.plot(
-            parameters, accuracy, "o", color="tab:gray", zorder=3, label="published by others"
-        )
-        axes.annotate(
-            text, (parameters, accuracy), place, fontsize=8, textcoords="offset points",
-            ha="right", va="center", color="dimgray",
-            arrowprops={"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5},
-        )  # fmt: skip
+    rows = pd.read_csv(results)
+    rows["accuracy"] = 100 * rows.pruned_test.fillna(rows.student_test)
+    figure, axes = plt.subplots(figsize=(10.5, 6.5), layout="constrained")
     drawn = []
-    for (name, stem, _), part in rows.groupby(["recipe", "stem", "teacher"], dropna=False):
-        line, seeds = name == recipe, part.seed.nunique()
+    for (_, stem), part in rows.groupby(["command", "stem"]):
+        ours = part.groupby("parameters").accuracy.agg(["mean", "min", "max", "count"])
+        line, seeds = len(ours) > 1, int(ours["count"].max())
         if not line and seeds == 1:
             continue
-        ours = 100 * part.groupby("parameters").pruned_test.agg(["mean", "min", "max"])
-        what = "one ladder of budgets" if line else f"{ours.index[0]:,} parameters"
-        best, several = ours["mean"].max(), f"{seeds} seed{'s' * (seeds > 1)}"
-        label = f"ours, {what}: {'up to ' * line}{best:.1f}% (stem {stem}, {name}, {several})"
-        if line:
-            dense = 100 * part.drop_duplicates("name").student_test
-            ours.loc[DENSE[stem]] = dense.mean(), dense.min(), dense.max()
+        best = ours["mean"].idxmax()
+        name = part["name"].iloc[0].rpartition("-seed")[0]
+        label = f"ours, {name}: {ours['mean'].max():.2f}% at {best:,}, "
+        label += f"{seeds} seed{'s' * (seeds > 1)}"
         bars = axes.errorbar(
             ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
             fmt="o-" if line else "*", markersize=5 if line else 12, color=COLORS[stem],
             capsize=3 * (seeds > 1), label=label,
         )  # fmt: skip
-        drawn.append((line, best, bars))
-    drawn.sort(key=lambda entry: entry[:2], reverse=True)  # lines, then stars, the best first
-    axes.legend(handles=[*(bars for _, _, bars in drawn), others], loc="lower right")
+        drawn.append((line, ours["mean"].max(), bars))
+    handles = [bars for *_, bars in sorted(drawn, key=lambda entry: entry[:2], reverse=True)]
+    for kind, (label, style) in KINDS.items():
+        for parameters, accuracy, of, text, (x, y) in PUBLISHED:
+            if of == kind:
+                (point,) = axes.plot(parameters, accuracy, **style, linestyle="", label=label)
+                axes.annotate(
+                    text, (parameters, accuracy), (x, y), fontsize=8, textcoords="offset points",
+                    ha="right" if x < 0 else "left" if x else "center", va="center",
+                    color="dimgray",
+                    arrowprops={"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5},
+                )  # fmt: skip
+        handles.append(point)
+    axes.legend(handles=handles, loc="lower right", fontsize=8)
     _count_logarithmically(axes.set_xscale, axes.xaxis)
-    axes.set_xlabel("parameters; the rightmost of ours is the dense student")
+    axes.set_xlabel("parameters")
     axes.set_ylabel("test accuracy, %")
-    axes.margins(y=0.1)
+    axes.margins(x=0.06, y=0.1)
     axes.grid(alpha=0.3, which="both")
     return _png(figure)
 
