@@ -6,56 +6,86 @@ import sys
 import pytest
 
 import export
-import train
 from bench import speed
 
-SLOW = ("predict", "shared", "start", "train", "ways")  # a minute together
-MARKED = [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in speed.PARTS]
+SLOW = ("inference", "start", "train", "export")  # a minute together
+PARTS = [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in speed.MEASURES]
 
 
-@pytest.mark.parametrize("part", MARKED)
-def test_the_last_line_is_json_with_a_figure_for_each(
-    part, wide, tiny_data, shipped_like, monkeypatch, capsys
-):
-    monkeypatch.setitem(train.RECIPES, "cpu", train.RECIPES["quick"])
-    monkeypatch.setitem(sys.modules, "openvino", None)  # tests that train come after this one
-    monkeypatch.setattr(speed, "BATCHES", (1, 5))
-    monkeypatch.setattr(speed, "WAY_BATCHES", (1, 5))
+@pytest.fixture
+def short(monkeypatch, shipped_like):
+    monkeypatch.setitem(sys.modules, "openvino", None)  # its threads crash training in this process
+    for name, value in (("BATCHES", (1, 5)), ("EXPORT_BATCHES", (1, 5)), ("BITS", (32, 16, 4))):
+        monkeypatch.setattr(speed, name, value)
     monkeypatch.setattr(speed, "SHIPPED", [shipped_like])
-    monkeypatch.setattr(speed, "BITS", (32, 16, 4))
     monkeypatch.setattr(speed, "ROUNDS", 2)
     monkeypatch.setattr(speed, "SECONDS", 0)
-    flags = ["--only", part, "-w", str(shipped_like), "--data", str(tiny_data), "--device", "cpu"]
-    assert speed.main(flags) == 0
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    if part == "predict":
-        for engine in ("dense_fp32", "dense_bf16", "sparse"):
-            rates, ranges = results["predict"][engine], results["ranges"]["predict"][engine]
-            assert list(rates) == ["1", "5"]
-            assert all(ranges[n][0] <= rates[n] <= ranges[n][1] for n in rates)
-    if part == "files":
-        assert results["files"]["pruned"]["bytes"] == shipped_like.stat().st_size
-        assert results["files"]["plain"]["bytes"] > 44_000_000
+    monkeypatch.setattr(speed, "STEPS", 1)
+
+
+def run(part, shipped_like, tiny_data, capsys, *flags):
+    flags = ["--only", part, "-w", str(shipped_like), "--data", str(tiny_data), *flags]
+    assert speed.main([*flags, "--device", "cpu"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])[part]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_last_line_has_a_figure_for_each(part, wide, tiny_data, shipped_like, short, capsys):
+    found = run(part, shipped_like, tiny_data, capsys)
+    if part == "inference":
+        network = found["networks"][shipped_like.name]
+        assert found["gflops"] > 0 and 0 < network["multiply_adds"] < 10_000_000
+        assert next(iter(network["images/s"])) == speed.OURS
+        for rates in network["images/s"].values():
+            assert list(rates) == ["batch 1", "batch 5"] and min(rates.values()) > 0
     if part == "train":
-        assert min(results["train"][loop] for loop in ("ours", "bare", "usual")) > 0
-    if part == "shared":
-        busy = {policy: results["shared"][policy]["busy"]["step"] for policy in ("ours", "default")}
-        assert 0 < busy["ours"] < busy["default"]
+        assert len(found) == 2 and min(row["ms"] for row in found.values()) > 0
     if part == "bits":
-        rows = results["bits"]
-        assert list(rows) == ["32", "16", "4"]
-        assert rows["32"]["bytes"] == shipped_like.stat().st_size and rows["32"]["changed"] == 0
-        sizes = [row["bytes"] for row in rows.values()]
+        assert list(found) == ["32", "16", "4"] and found["32"]["changed predictions"] == 0
+        sizes = [row["kB"] for row in found.values()]
         assert sizes == sorted(sizes, reverse=True)
-    if part == "shipped":
-        row = results["shipped"][shipped_like.name]
-        assert row["1"] > 0 and row["5"] > 0 and row["multiply_adds"] < 10_000_000
+        assert sizes[0] == round(shipped_like.stat().st_size / 1000)
     if part == "start":
-        assert 0 < results["start"]["torch"] < results["start"]["first answer"]
-    if part == "ways":
-        found = results["ways"]
-        assert found["sparse"]["bytes"] == shipped_like.stat().st_size
-        assert found["8 bits"]["bytes"] < found["16 bits"]["bytes"] < found["sparse"]["bytes"]
-        assert found["sparse"]["equal"] == found["sparse"]["of"] == 40
-        assert all(found[name]["1"] > 0 for name in ("threads 1", "threads 2", "8 bits"))
-        assert not export.compiler() or found["c 32 bits"]["equal"] == 40
+        first, *more = (row["seconds"] for row in found.values())
+        assert 0 < first < min(more)
+    if part == "export":
+        assert found["`.pth`, 32 bits"]["equal predictions"] == 40
+        assert found["`.pth`, 8 bits"]["kB"] < found["`.pth`, 16 bits"]["kB"]
+        assert min(row[f"batch {n}"] for row in found.values() for n in (1, 5)) > 0
+        assert not export.compiler() or found["`.c`, 32 bits"]["equal predictions"] == 40
+
+
+def test_runs_take_turns_and_the_peer_once_a_round(monkeypatch):
+    monkeypatch.setattr(speed, "ROUNDS", 3)
+    turns = []
+    runs = {name: lambda name=name: turns.append(name) for name in "ab"}
+    times = speed.medians(runs, seconds=0, peer=lambda: turns.append("peer") or {"peer": 7.0})
+    assert turns == ["a", "b", *(3 * ["peer", "a", "b"])]
+    assert times["peer"] == 7.0 and times.keys() == {"a", "b", "peer"}
+
+
+def stand_in(path, code):
+    """An interpreter that runs `code` instead of the script it is given."""
+    path.write_text(f"#!{sys.executable}\nimport sys\n{code}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_deepsparse_is_measured_by_the_interpreter_that_is_given(tmp_path, short):
+    python = stand_in(
+        tmp_path / "python",
+        "from pathlib import Path; assert Path(sys.argv[2]).read_bytes() == b'onnx'\n"
+        "print('{\"' + '\": 10, \"'.join(sys.argv[4:]) + '\": 20}')",
+    )
+    assert speed.deepsparse(python, b"onnx")() == {
+        ("DeepSparse 1.8", 1): 1 / 10,
+        ("DeepSparse 1.8", 5): 5 / 20,
+    }
+
+
+def test_without_deepsparse_there_is_a_reason(tmp_path, short, capsys):
+    assert speed.deepsparse(None, b"")() == {}
+    assert "--deepsparse" in capsys.readouterr().err
+    python = stand_in(tmp_path / "python", "sys.exit('no such module')")
+    with pytest.raises(OSError, match="no such module"):
+        speed.deepsparse(python, b"")()
