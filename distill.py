@@ -1,7 +1,7 @@
-"""One training of one network: what it is, its loss, a step, an epoch, `fit`.
+"""One training of one network: its settings, loss, step, epoch, and `fit`.
 
-Teacher, student and the rounds of pruning differ by arguments only. Nothing here knows of files: a
-training hands its state, and a row of figures for each epoch, to whoever called it.
+Teacher, student and pruned network differ by arguments only. Nothing here reads or writes files:
+`fit` passes its state, and a row of figures for each epoch, to its caller.
 """
 
 import copy
@@ -25,12 +25,14 @@ import augment
 import models
 import prune
 import runtime
-from engine import plan, rewrite, training
+from engine import plan, rewrite
 from engine.inference import SparseResNet
+from engine.training import SparseForward, sparse_forward_if_faster
 
-WARMUP = 0.1  # share of the steps in which the learning rate rises
+WARMUP = 0.1  # fraction of the steps in which the learning rate rises
 UNAUGMENTED = 0.25  # fraction of the epochs, the last ones, on images that are only flipped
-MAX_GRAD_NORM = 1.0  # largest norm of the gradient
+MOMENTUM = 0.9
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
 EMA_HORIZON = 0.03  # fraction of a training's steps over which the EMA of the weights looks back
 EMA_UPDATES = 10  # updates of the EMA within its horizon
 MIN_STEPS = 16  # of a pass over the images: with fewer, batches are halved, ...
@@ -38,49 +40,47 @@ MIN_BATCH_SIZE = 32  # ... down to this size
 BN_BATCHES = 8  # batches for BatchNorm recalibration after a pruning step
 
 
-# --- what is trained, and on what ---------------------------------------------------------------
+# --- settings and data ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """Hyperparameters of one training by SGD with Nesterov momentum; the learning rate rises, then
+    falls to 0."""
+
+    epochs: int
+    learning_rate: float = 0.1  # at the peak
+    weight_decay: float = 5e-4
+    kd_weight: float = 0.5  # of the distillation loss, if there is a teacher; labels have the rest
+    temperature: float = 4.0
+    augment_period: int = 0  # augmented batches repeat after so many epochs, so that teacher logits
+    # can be cached; 0: they never repeat
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training images of a run, and their augmentation."""
+
+    images: int | None = None  # of the training set; None: all
+    batch_size: int = 256
+    min_steps: int = 36  # of an epoch; it makes several passes over a small data set
+    crop_scale: tuple[float, float] = (0.8, 1.0)  # of the image's area
+    mixup_alpha: float = 0.2
+    erasing: float = 0.5  # probability that a rectangle of an image is replaced by noise
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training of one network, in which the learning rate rises, then falls to 0."""
-
-    epochs: int
-    optimizer: str = "adamw"  # or "sgd", with Nesterov momentum 0.9
-    learning_rate: float = 2e-3  # at the peak
-    weight_decay: float = 0.05
-    kd_weight: float = 0.0  # of the distillation loss; the labels have the rest
-    temperature: float = 1.0
-    cuts: int = 0  # one before each of the first epochs
-    share: int = 0  # of the way down to the budget, beside the other rounds'; 0: as many as cuts
-    views: int = 0  # epochs after which the same crops and mixtures come again; 0: never
-
-
-@dataclass(frozen=True)
-class Recipe:
-    teacher: Stage | None  # None: the dense student teaches what is left of it
-    student: Stage | None  # None: a given one is trained on (--student)
-    pruned: tuple[Stage, ...]  # rounds of pruning, each from the network before it
-    budgets: tuple[int, ...] = ()  # what rounds end with; (): evenly, by their shares, to --budget
-    images: int | None = None  # of the training set; None: all
-    batch_size: int = 256
-    least_steps: int = 36  # of an epoch; fewer images are seen several times in it
-    taught_by: str = "first"  # or "last": of the networks that are good enough to teach the next
-    width: float = 1.0  # share of the channels that new networks have; the others stay zero
-    crop_scale: tuple[float, float] = (0.85, 1.0)  # share of the image's area
-    mixup_alpha: float = 0.1
-    erased: float = 0.0  # share of the images of which a rectangle is noise
-
-
-@dataclass(frozen=True)
-class Part:
-    """One training of a run: the stage `teacher`, `student`, or a round of `pruned`."""
+    """One training of a run: `teacher`, `student`, or `pruned` (one round for each budget)."""
 
     name: str
-    stage: Stage
+    arch: str
+    stem: int  # its total stride
+    width: float  # fraction of the channels
+    training: Training
     number: int  # in the run, from 0
     file: str
-    cuts: tuple[int, ...] = ()  # the budgets that the first epochs begin with
+    budgets: tuple[int, ...] = ()  # of the pruning steps, one before each of the first epochs
     round: int = 1
     rounds: int = 1
 
@@ -91,7 +91,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Context:
-    """What all trainings of a run share: where they compute, and for which images."""
+    """What all trainings of a run share: device, precision, and the kind of images."""
 
     device: torch.device
     bf16: bool
@@ -101,7 +101,7 @@ class Context:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def frozen(self, model: nn.Module) -> nn.Module:
+    def inference_copy(self, model: nn.Module) -> nn.Module:
         """An inference-only copy: a SparseResNet if skipping zeros is faster, else
         `rewrite.inference_copy` (dense, BatchNorm folded)."""
         # Compared on the trimmed model: the dense path has no empty channels either.
@@ -110,31 +110,36 @@ class Context:
             return SparseResNet(rewrite.untrimmed(model), self.image_size, self.grey)
         return rewrite.inference_copy(model, self.device, self.bf16, self.image_size)
 
+    def logits(self, model: nn.Module, images_u8: Tensor) -> Tensor:
+        """As `models.infer`, of an inference-only copy: unused channels and zeros are skipped."""
+        return models.infer(self.inference_copy(model), images_u8)
 
-def batch_layout(n: int, recipe: Recipe) -> tuple[int, int, int]:
-    """(images of a batch, steps of a pass over `n` images, passes of an epoch).
 
-    What trains a network is steps. Recipes count epochs, so an epoch has a least number of steps.
+def batch_layout(n: int, batches: Batches) -> tuple[int, int, int]:
+    """(batch size, steps of a pass over `n` images, passes of an epoch).
+
+    Trainings are counted in epochs, but optimizer steps are what improves a network. So an epoch
+    has a minimum number of steps: on small data sets batches are smaller, and it makes several
+    passes.
     """
-    batch_size = recipe.batch_size
+    batch_size = batches.batch_size
     while n // batch_size < MIN_STEPS and batch_size >= 2 * MIN_BATCH_SIZE:
         batch_size //= 2
     batch_size = min(batch_size, n)
     steps = n // batch_size
-    return batch_size, steps, math.ceil(recipe.least_steps / steps)
+    return batch_size, steps, math.ceil(batches.min_steps / steps)
 
 
 class CudaGraphed:
-    """A function of tensors that a GPU of CUDA's is asked for with one launch.
+    """Wrap a function of tensors in a CUDA graph: warm up on a side stream, capture, then replay.
 
-    A step of these networks is hundreds of kernels, most of them sooner done than launched. The
-    first calls run as they are, so that all that is made on first use is there; the next is
-    recorded as a CUDA graph, and replayed from then on. So shapes stay, and all that the function
-    reads but its arguments changes in place only. What is returned is overwritten by the next call.
-    On other devices, and if several processes share a step, it is the function itself.
+    A training step of these networks is hundreds of kernels, most of which take less time than
+    their launch. Input shapes must not change; any other tensor that the function reads may only be
+    modified in place. The returned tensors are overwritten by the next call. On other devices, and
+    with several processes, the function is called directly.
     """
 
-    FIRST = 3  # calls
+    WARMUP_CALLS = 3
 
     def __init__(self, function: Callable):
         self.function, self.calls, self.graph = function, 0, None
@@ -143,7 +148,7 @@ class CudaGraphed:
         if not inputs[0].is_cuda or runtime.world_size() > 1:
             return self.function(*inputs)
         self.calls += 1
-        if self.calls <= self.FIRST:  # on another stream, as recording will be
+        if self.calls <= self.WARMUP_CALLS:  # on a side stream, as the capture will be
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
@@ -155,47 +160,46 @@ class CudaGraphed:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
-        for kept, tensor in zip(self.inputs, inputs, strict=True):
-            kept.copy_(tensor)
+        for static, tensor in zip(self.inputs, inputs, strict=True):
+            static.copy_(tensor)
         self.graph.replay()
         return self.outputs
 
 
 class Teacher:
-    """The mean of networks' logits for batches, of which those that come again are computed once.
+    """The teacher: one network, or an ensemble whose logits are averaged.
 
-    Resampled crops cost little, a teacher's forward pass up to half of a step (as in FKD, arXiv
-    2112.01528, where crops and logits are kept on disk). The mean of logits is that of several
-    networks' answers which Hinton et al. call geometric (arXiv 1503.02531). `networks` as from
-    `Context.frozen`.
+    The mean of logits is the geometric mean of the softmax outputs (Hinton et al., arXiv
+    1503.02531). Logits are cached for batches that repeat (`Training.augment_period`), as in FKD
+    (arXiv 2112.01528), but in memory: crops are cheap to recompute, while a teacher's forward pass
+    takes up to half of a step. `networks` as from `Context.inference_copy`.
     """
 
     def __init__(self, networks: list[nn.Module]):
         self.networks = networks
-        self.answer = CudaGraphed(self._answer)
-        self.kept: dict[Hashable, Tensor] = {}
+        self.forward = CudaGraphed(self._forward)
+        self.cache: dict[Hashable, Tensor] = {}
 
     def logits(self, images: Tensor, batch: Hashable = None) -> Tensor:
-        """float32 (N, classes) for `images` as networks see them; `batch`: its name, if it comes
-        again."""
-        if batch is not None and batch in self.kept:
-            return self.kept[batch]
-        logits = self.answer(images)
+        """float32 (N, classes) for normalized `images`; `batch`: its cache key, if it repeats."""
+        if batch is not None and batch in self.cache:
+            return self.cache[batch]
+        logits = self.forward(images)
         if batch is not None:
-            self.kept[batch] = logits.clone()
+            self.cache[batch] = logits.clone()
         return logits
 
     @torch.no_grad()
-    def _answer(self, images: Tensor) -> Tensor:
-        answers = [n(images.to(next(n.parameters()).dtype)).float() for n in self.networks]
-        return torch.stack(answers).mean(0)
+    def _forward(self, images: Tensor) -> Tensor:
+        logits = [n(images.to(next(n.parameters()).dtype)).float() for n in self.networks]
+        return torch.stack(logits).mean(0)
 
 
 class TrainingData:
-    """The resident images of a run, and the batches that training sees of them.
+    """The images of a run, all on the device, and their augmented batches.
 
     `images_u8` as in `models.normalize`, `labels` int64 (N,); `val` such a pair, or None; `flip`:
-    whether a mirrored image still is of its class.
+    whether images are mirrored at random.
     """
 
     def __init__(
@@ -203,34 +207,36 @@ class TrainingData:
         images_u8: Tensor,
         labels: Tensor,
         classes: int,
-        recipe: Recipe,
+        settings: Batches,
         val: tuple[Tensor, Tensor] | None = None,
         flip: bool = True,
     ):
         self.images_u8, self.labels, self.classes = images_u8, labels, classes
-        self.recipe, self.val, self.flip = recipe, val, flip
-        self.batch_size, self.steps, self.passes = batch_layout(len(labels), recipe)
+        self.settings, self.val, self.flip = settings, val, flip
+        self.batch_size, self.steps, self.passes = batch_layout(len(labels), settings)
 
     def epoch(
         self, epoch: int, epochs: int, generator: Generator
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """The batches of one of `epochs`, of which the last see whole images."""
-        plain = is_unaugmented(epoch, epochs)
-        return chain.from_iterable(self.batches(generator, plain) for _ in range(self.passes))
+        """The batches of one epoch out of `epochs`, the last of which are unaugmented."""
+        augmented = not is_unaugmented(epoch, epochs)
+        return chain.from_iterable(self.batches(generator, augmented) for _ in range(self.passes))
 
-    def batches(self, generator: Generator, plain: bool = False) -> Iterable[tuple[Tensor, Tensor]]:
-        """One pass of (images, targets) for the networks: cropped, erased and mixed unless
-        `plain`."""
-        recipe = self.recipe
-        if plain:
-            recipe = replace(recipe, crop_scale=(1.0, 1.0), mixup_alpha=0.0, erased=0.0)
+    def batches(
+        self, generator: Generator, augmented: bool = True
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """One pass of (images, targets): normalized float32 (N, 3, H, W) and probabilities (N,
+        classes), flipped and, if `augmented`, cropped, erased and mixed."""
+        settings = self.settings
+        if not augmented:
+            settings = replace(settings, crop_scale=(1.0, 1.0), mixup_alpha=0.0, erasing=0.0)
         for index in augment.batches(len(self.labels), self.batch_size, generator):
             images = augment.random_resized_crop(
-                self.images_u8[index], generator, recipe.crop_scale, flip=self.flip
+                self.images_u8[index], generator, settings.crop_scale, flip=self.flip
             )
-            images = augment.random_erasing(images, recipe.erased, generator)
+            images = augment.random_erasing(images, settings.erasing, generator)
             targets = F.one_hot(self.labels[index], self.classes).float()
-            images, targets = augment.mixup(images, targets, recipe.mixup_alpha, generator)
+            images, targets = augment.mixup(images, targets, settings.mixup_alpha, generator)
             yield models.normalize(images), targets
 
 
@@ -259,38 +265,39 @@ def is_unaugmented(epoch: int, epochs: int) -> bool:
     return epoch >= (1 - UNAUGMENTED) * epochs
 
 
-def augment_epoch(epoch: int, stage: Stage) -> int:
-    """The first epoch that shows the batches of `epoch`."""
-    first = (
-        math.ceil((1 - UNAUGMENTED) * stage.epochs) if is_unaugmented(epoch, stage.epochs) else 0
-    )
-    return first + (epoch - first) % (stage.views or stage.epochs)
+def augment_epoch(epoch: int, training: Training) -> int:
+    """The first epoch with the same augmented batches as `epoch`."""
+    epochs = training.epochs
+    first = math.ceil((1 - UNAUGMENTED) * epochs) if is_unaugmented(epoch, epochs) else 0
+    return first + (epoch - first) % (training.augment_period or epochs)
 
 
-def distinct_epochs(stage: Stage, done: int = 0) -> int:
-    """How many of a training's epochs show batches not seen before, after `done` epochs."""
-    return len({augment_epoch(epoch, stage) for epoch in range(done, stage.epochs)})
+def distinct_epochs(training: Training, done: int = 0) -> int:
+    """How many different epochs of batches a training has, after `done` epochs."""
+    return len({augment_epoch(epoch, training) for epoch in range(done, training.epochs)})
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A linear rise over the first tenth of the steps, then half a cosine down to 0."""
+    """Linear warmup over the first tenth of the steps, times half a cosine down to 0."""
     rise = min(1.0, (step + 1) / (WARMUP * steps))
     return peak * rise * 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))
 
 
 class TrainState:
-    """A network in training, with all that a step changes: what a checkpoint must hold.
+    """A network in training and all that a step changes: model, EMA, masks, optimizer.
 
-    The average takes the weights in after each `average_every` steps of the training.
+    The EMA of the weights is updated after each `average_every` steps.
     """
 
-    def __init__(self, model: nn.Module, stage: Stage, setup: Context, average_every: int = 16):
-        self.stage, self.setup, self.average_every = stage, setup, average_every
+    def __init__(
+        self, model: nn.Module, training: Training, context: Context, average_every: int = 16
+    ):
+        self.training, self.context, self.average_every = training, context, average_every
         fixed = prune.count_fixed(model)
-        model = rewrite.trim_channels_(rewrite.trim_(model, setup.image_size))
-        self.left_out = fixed - prune.count_fixed(model)  # parameters, which count nevertheless
+        model = rewrite.trim_channels_(rewrite.trim_(model, context.image_size))
+        self.left_out = fixed - prune.count_fixed(model)  # parameters that count all the same
         model = rewrite.use_matmul_convs_(model)
-        self.model = model.to(setup.device, memory_format=torch.channels_last)
+        self.model = model.to(context.device, memory_format=torch.channels_last)
         self.trained = self.model
         if runtime.world_size() > 1:
             runtime.synchronize_batchnorm_(self.model)
@@ -299,59 +306,58 @@ class TrainState:
             self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / EMA_UPDATES), use_buffers=True
         )
         self.masks: prune.Masks | None = None
-        self._recorded = CudaGraphed(self._step)
-        self.sparse: training.SparseForward | None = None  # without the zeros, if faster
-        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[stage.optimizer]
-        sgd, cuda = stage.optimizer == "sgd", setup.device.type == "cuda"
-        extra = {"momentum": 0.9, "nesterov": True} if sgd else {"capturable": cuda}
-        self.optimizer = kind(
+        self._graphed = CudaGraphed(self._step)
+        self.sparse: SparseForward | None = None  # skips the zeros, if that is faster
+        self.optimizer = torch.optim.SGD(
             self.model.parameters(),
-            lr=stage.learning_rate,
-            weight_decay=stage.weight_decay,
-            fused=cuda or setup.device.type == "cpu",
-            **extra,
+            lr=training.learning_rate,
+            momentum=MOMENTUM,
+            weight_decay=training.weight_decay,
+            nesterov=True,
+            fused=context.device.type in ("cpu", "cuda"),
         )
 
     def set_masks(self, masks: prune.Masks) -> None:
-        """From now on, only these weights are not zero, in the average as well."""
+        """From now on all other weights are zero, in the EMA as well."""
         changed = masks is not self.masks
         weights = prune.weights(self.model)
         if self.masks is None:
             self._masked = [weights[name] for name in masks]
             self._factors = {name: torch.empty_like(weights[name]) for name in masks}
-            self._recorded = CudaGraphed(self._step)  # to which masks are new
+            self._graphed = CudaGraphed(self._step)  # a graph without masks is of no use
         for name, mask in masks.items():
             self._factors[name].copy_(mask)
         self.masks = masks
         prune.apply_(self.model, masks)
         prune.apply_(self.average.module, masks)
         if changed and runtime.world_size() == 1:
-            self.sparse = training.sparse_forward_if_faster(
-                self.model, self.setup.image_size, self.setup.bf16
+            self.sparse = sparse_forward_if_faster(
+                self.model, self.context.image_size, self.context.bf16
             )
 
-    def cut(self, budget: int, images: Iterable[Tensor]) -> None:
-        """Prune to `budget`, refresh BatchNorm's statistics on `images`, restart the average."""
-        masks, kind = self.masks, (self.setup.image_size, self.setup.grey)
+    def prune_to(self, budget: int, images: Iterable[Tensor]) -> None:
+        """One pruning step: masks for `budget`, BatchNorm recalibrated on `images` (Li et al.,
+        arXiv 2007.02491), the EMA restarted."""
+        masks, kind = self.masks, (self.context.image_size, self.context.grey)
         if masks is None:
-            if self.setup.grey:
+            if self.context.grey:
                 prune.merge_grey_input_(self.model)
             masks = prune.all_reachable(self.model, *kind)
         self.set_masks(prune.choose_masks(self.model, masks, budget - self.left_out, *kind))
-        with self.setup.autocast():
+        with self.context.autocast():
             update_bn(images, self.model)
         self.average.n_averaged.zero_()
         self.average.update_parameters(self.model)
 
     def step(self, images: Tensor, targets: Tensor, teacher_logits: Tensor | None, rate: float):
-        """One update; returns loss and logits, without waiting for the device.
+        """One optimizer step; returns loss and logits (N, classes), without a synchronization.
 
-        `teacher_logits` float (N, classes), or None: from labels only.
+        `teacher_logits` float (N, classes), or None: cross-entropy only.
         """
-        if images.is_cuda:  # from where a recorded step reads it
+        if images.is_cuda:  # a graph reads it from the device
             rate = torch.full((), rate, device=images.device)
-        answers = [] if teacher_logits is None else [teacher_logits]
-        return self._recorded(images, targets, rate, *answers)
+        taught = [] if teacher_logits is None else [teacher_logits]
+        return self._graphed(images, targets, rate, *taught)
 
     def _step(
         self,
@@ -360,26 +366,26 @@ class TrainState:
         rate: float | Tensor,
         teacher_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        stage = self.stage
-        whole = self.sparse is not None and len(images) % self.sparse.images == 0
-        with self.setup.autocast():
-            logits = (self.sparse if whole else self.trained)(images)
+        training = self.training
+        sparse = self.sparse is not None and len(images) % self.sparse.images == 0
+        with self.context.autocast():
+            logits = (self.sparse if sparse else self.trained)(images)
         if teacher_logits is None:
             loss = F.cross_entropy(logits.float(), targets)
         else:
             loss = distillation_loss(
-                logits.float(), teacher_logits, targets, stage.kd_weight, stage.temperature
+                logits.float(), teacher_logits, targets, training.kd_weight, training.temperature
             )
         self.optimizer.zero_grad()
         loss.backward()
-        if self.masks is not None:  # what was pruned must not decide how much is clipped
+        if self.masks is not None:  # pruned weights must not count in the norm
             factors = list(self._factors.values())
             torch._foreach_mul_([weight.grad for weight in self._masked], factors)
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        if self.masks is not None:  # momentum and weight decay must not revive what was pruned
+        if self.masks is not None:  # momentum and weight decay must not revive pruned weights
             with torch.no_grad():
                 torch._foreach_mul_(self._masked, factors)
         return loss.detach(), logits.detach()
@@ -396,12 +402,9 @@ class TrainState:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # perhaps from another device
-            if "capturable" in group:
-                group["capturable"] = self.setup.device.type == "cuda"
         if state["masks"] is not None:
             self.set_masks(
-                {name: mask.to(self.setup.device) for name, mask in state["masks"].items()}
+                {name: mask.to(self.context.device) for name, mask in state["masks"].items()}
             )
 
 
@@ -409,25 +412,25 @@ class TrainState:
 
 
 class Stop:
-    """Within: Ctrl-C and SIGTERM only set `asked`, so that the step can be finished and saved.
+    """Within: Ctrl-C and SIGTERM only set `requested`, so that the step can be finished and saved.
 
-    A second one stops at once, as does the first if several processes would have to agree.
+    A second signal stops at once, as does the first with several processes, which cannot agree.
     """
 
     def __init__(self):
-        self.asked = False
+        self.requested = False
         self.handlers: dict = {}
 
     def __enter__(self) -> "Stop":
         for number in (signal.SIGINT, signal.SIGTERM):
             if runtime.world_size() == 1 and signal.getsignal(number) != signal.SIG_IGN:
-                self.handlers[number] = signal.signal(number, self._ask)
+                self.handlers[number] = signal.signal(number, self._request)
         return self
 
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
+    def _request(self, number: int, frame: object) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.handlers.items():
@@ -435,7 +438,7 @@ class Stop:
 
 
 class Progress:
-    """How far an epoch is: steps done, their losses, and the accuracy, which stay on the device."""
+    """Progress within an epoch: steps done, their losses and the accuracy, kept on the device."""
 
     def __init__(self, steps: int, classes: int, device: torch.device):
         self.step = 0
@@ -472,16 +475,14 @@ def train_epoch(
     stop: Stop,
     title: str = "",
     before: int = 0,
-    view: int | None = None,
+    cache_key: int | None = None,
 ) -> None:
-    """One pass over `batches` of images and targets, with a learning rate for each step.
+    """Train on `batches` of (images, targets) for one epoch, with one learning rate per step.
 
-    All processes are given the same batches, and each takes its share. `view`: a number for these
-    batches, if they come again. `before` are the steps of the training before these, which the
-    average of weights counts. Goes on after `progress.step` steps (batches before are drawn again
-    and left out), and returns before the end if it is asked to. Under mixup an answer is right if
-    it is the class with the larger share. The bar, if there is a terminal, reads loss and accuracy
-    ten times.
+    `before`: optimizer steps of earlier epochs, for the EMA's interval. `cache_key`: of these
+    batches' teacher logits, if the batches repeat. Resumes at `progress.step` by skipping batches;
+    returns early if `stop` is requested. With several processes each trains on its shard of every
+    batch. The training accuracy under mixup counts the class with the larger weight.
     """
     network.model.train()
     hidden = True if runtime.rank() else None  # None: unless there is a terminal
@@ -489,13 +490,15 @@ def train_epoch(
     for step, (images, targets) in enumerate(bar):
         if step < progress.step:
             continue
-        if stop.asked:
+        if stop.requested:
             bar.close()
             return
         images, targets = runtime.local_shard(images), runtime.local_shard(targets)
         teacher_logits = None
         if teacher is not None:
-            teacher_logits = teacher.logits(images, None if view is None else (view, step))
+            teacher_logits = teacher.logits(
+                images, None if cache_key is None else (cache_key, step)
+            )
         loss, logits = network.step(images, targets, teacher_logits, rates[step])
         progress.losses[step] = loss
         progress.accuracy.update(logits, targets.argmax(1))
@@ -506,47 +509,45 @@ def train_epoch(
             mean, right = progress.losses[:done].mean().item(), progress.accuracy.compute().item()
             bar.set_postfix_str(f"loss {mean:.3f} accuracy {right:.1%}")
     if network.masks is not None:
-        network.set_masks(network.masks)  # a kept weight that just is 0.0 would be miscounted
+        network.set_masks(network.masks)  # a kept weight of exactly 0.0 would be miscounted
 
 
 def fit(
-    part: Part,
+    stage: Stage,
     model: nn.Module,
     teachers: list[nn.Module],
     images: TrainingData,
-    setup: Context,
+    context: Context,
     *,
     seed: int,
     saved: dict | None = None,
     save: Callable[[dict, dict | None], None] = lambda state, row: None,
     stop: Stop | None = None,
 ) -> nn.Module:
-    """Train `model`; returns a copy with the weights that validation chose.
+    """Train `model`; returns a copy with the weights that validation accuracy selected.
 
-    `teachers` as `Teacher` has them; none: from labels only.
-    After each epoch `save` is called with all that the next one needs and a row of figures; `saved`
-    is such a state to go on from. Each epoch draws from a generator of its own, seeded by run, part
-    and epoch, so that it can be repeated. If `stop` is asked for, the step is finished, `save`
-    called without a row, and KeyboardInterrupt raised. Raises ArithmeticError if the loss is not
-    finite.
+    `teachers` as in `Teacher`; none: cross-entropy only. After each epoch `save` is called with all
+    that the next one needs and a row of figures; `saved` is such a state to resume from. Each epoch
+    has a generator of its own, seeded by run, stage and epoch, so that it can be repeated. If
+    `stop` is requested, the step is finished, `save` called without a row, and KeyboardInterrupt
+    raised. Raises ArithmeticError if the loss is not finite.
     """
-    stop, stage, steps = stop or Stop(), part.stage, images.passes * images.steps
-    answers = Teacher(teachers) if teachers else None
-    average_every = max(1, round(EMA_HORIZON * stage.epochs * steps / EMA_UPDATES))
-    network = TrainState(model, stage, setup, average_every)
+    stop, training, steps = stop or Stop(), stage.training, images.passes * images.steps
+    teacher = Teacher(teachers) if teachers else None
+    average_every = max(1, round(EMA_HORIZON * training.epochs * steps / EMA_UPDATES))
+    network = TrainState(model, training, context, average_every)
     first, within, best = 0, None, {"score": -1.0}
     if saved is not None:
         network.load_state_dict(saved["network"])
         first, within, best = saved["epoch"], saved["progress"], saved["best"]
-        runtime.print_rank0(
-            f"{part.title}: going on after {first} epochs{' and a part' if within else ''}"
-        )
+        part = " and a part of the next" if within else ""
+        runtime.print_rank0(f"{stage.title}: resuming after {first} epochs{part}")
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-        generator = Generator(setup.device)
-        view = augment_epoch(epoch, stage)
-        generator.manual_seed((seed * 100 + part.number) * 100_000 + view)
-        return images.epoch(view, stage.epochs, generator)
+        generator = Generator(context.device)
+        drawn = augment_epoch(epoch, training)
+        generator.manual_seed((seed * 100 + stage.number) * 100_000 + drawn)
+        return images.epoch(drawn, training.epochs, generator)
 
     def state(epoch: int, progress: Progress | None = None) -> dict:
         return {
@@ -556,35 +557,43 @@ def fit(
             "progress": None if progress is None else progress.state_dict(),
         }
 
-    for epoch in range(first, stage.epochs):
+    for epoch in range(first, training.epochs):
         began = time.perf_counter()
-        progress = Progress(steps, images.classes, setup.device)
+        progress = Progress(steps, images.classes, context.device)
         if within:
             progress.load_state_dict(within)
             within = None
-        elif epoch < len(part.cuts):
+        elif epoch < len(stage.budgets):
             few = zip(range(BN_BATCHES), batches(epoch), strict=False)
-            network.cut(part.cuts[epoch], [images for _, (images, _) in few])
+            network.prune_to(stage.budgets[epoch], [images for _, (images, _) in few])
         rates = [
-            learning_rate(epoch * steps + step, stage.epochs * steps, stage.learning_rate)
+            learning_rate(epoch * steps + step, training.epochs * steps, training.learning_rate)
             for step in range(steps)
         ]
-        title = f"{part.title}, {epoch + 1}/{stage.epochs}"
-        before, view = epoch * steps, augment_epoch(epoch, stage) if stage.views else None
-        train_epoch(network, batches(epoch), answers, rates, progress, stop, title, before, view)
+        train_epoch(
+            network,
+            batches(epoch),
+            teacher,
+            rates,
+            progress,
+            stop,
+            title=f"{stage.title}, {epoch + 1}/{training.epochs}",
+            before=epoch * steps,
+            cache_key=augment_epoch(epoch, training) if training.augment_period else None,
+        )
         if progress.step < steps:
             save(state(epoch, progress), None)
             raise KeyboardInterrupt
         losses, accuracy = progress.result()
-        _check_finite(losses, part.title, epoch)
+        _check_finite(losses, stage.title, epoch)
         val, val_average = (
-            validate(m, images.val, setup) for m in (network.model, network.average.module)
+            validate(m, images.val, context) for m in (network.model, network.average.module)
         )
-        if epoch + 1 >= len(part.cuts):
+        if epoch + 1 >= len(stage.budgets):  # earlier networks have too many parameters
             best = _better(best, epoch + 1, network, val, val_average)
         row = {
-            "stage": part.name,
-            "round": part.round,
+            "stage": stage.name,
+            "round": stage.round,
             "epoch": epoch + 1,
             "parameters": prune.count(network.model) + network.left_out,
             "loss": round(losses.mean().item(), 5),
@@ -595,8 +604,8 @@ def fit(
             "seconds": round(time.perf_counter() - began, 1),
         }
         save(state(epoch + 1), row)
-        _say(part, row)
-        if stop.asked:
+        _log_epoch(stage, row)
+        if stop.requested:
             raise KeyboardInterrupt
     network.model.load_state_dict(best["model"])
     return rewrite.untrimmed(network.model)
@@ -605,9 +614,9 @@ def fit(
 def _better(
     best: dict, epoch: int, network: TrainState, val: float | None, val_average: float | None
 ) -> dict:
-    """`best`, or this epoch's weights or their average if validation prefers them.
+    """`best`, or this epoch's weights or their EMA if their validation accuracy is higher.
 
-    Without validation images the schedule decides: the average after the last epoch.
+    Without validation images: the EMA after the last epoch.
     """
     averaged = val is None or val_average >= val
     score = float(epoch) if val is None else max(val, val_average)
@@ -627,22 +636,21 @@ def _check_finite(losses: Tensor, title: str, epoch: int) -> None:
         )
 
 
-def _say(part: Part, row: dict) -> None:
+def _log_epoch(stage: Stage, row: dict) -> None:
     """An epoch's line in the terminal."""
     shown = ""
     if row["val_accuracy"] != "":
         val, average = row["val_accuracy"], row["val_accuracy_average"]
-        shown = f"  val {val:.2%}  averaged {average:.2%}"
-    epochs = f"{row['epoch']:4}/{part.stage.epochs}"
+        shown = f"  val {val:.2%}  EMA {average:.2%}"
+    epochs = f"{row['epoch']:4}/{stage.training.epochs}"
     runtime.print_rank0(
-        f"{part.title:11}{epochs}  {row['parameters']:>10,} parameters  "
+        f"{stage.title:11}{epochs}  {row['parameters']:>10,} parameters  "
         f"loss {row['loss']:.4f}{shown}  {row['seconds']:.0f} s"
     )
 
 
-def validate(model: nn.Module, val: tuple[Tensor, Tensor] | None, setup: Context) -> float | None:
-    """Accuracy on (images, labels) in the precision of training; None without images."""
+def validate(model: nn.Module, val: tuple[Tensor, Tensor] | None, context: Context) -> float | None:
+    """Accuracy on (images, labels) in the context's precision; None without images."""
     if val is None:
         return None
-    images_u8, labels = val
-    return models.accuracy(models.infer(setup.frozen(model), images_u8), labels)
+    return models.accuracy(context.logits(model, val[0]), val[1])

@@ -1,15 +1,13 @@
 """Distil a ResNet50 into a ResNet18 on Fashion-MNIST, then prune it to exactly 100,000 parameters.
 
-    python train.py            # or: uv run train.py; 90 minutes on 2 cores with bf16 matrix units
-    python train.py --quick    # every stage on a part of the images, 5 minutes on 2 cores
+    python train.py            # or: uv run train.py
+    python train.py --quick    # the whole chain on a part of the images, 5 minutes on 2 cores
 
-Three stages, one loop: `teacher` (ResNet50, labels only; skipped with --teacher FILE), `student`
-(ResNet18, distilled), `pruned` (the student, cut to the budget in rounds while distillation goes
-on, from one of the best networks so far). A recipe can do without a teacher: then the student
-learns from labels, and teaches what is left of it; or without rounds: then it ends with a dense
-network, which can teach others. All that a run leaves is in runs/<name>/; the same command goes on
-with a run that was stopped. Validation images, held out of the training set, choose the epoch; test
-is measured once, at the end.
+Three stages, one training loop (distill.py): `teacher` (a ResNet50, trained with labels), `student`
+(a ResNet18, distilled from it), `pruned` (the student, pruned step by step to the budget while it
+is distilled). All that a run writes is in runs/<name>/; the same command resumes a run that was
+stopped. Validation images, held out of the training set, select the epoch; test accuracy is
+measured once, at the end.
 """
 
 import runtime  # isort: skip  # before torch, which reads what it sets
@@ -20,306 +18,203 @@ import functools
 import hashlib
 import math
 import signal
-import statistics
 import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Generator, nn
+from torch import nn
 
 import checkpoint
 import data
 import distill
 import models
 import prune
-from distill import Context, Part, Recipe, Stage, Stop
-from runlog import record, report
+from distill import Batches, Context, Stage, Stop, Training
+from runlog import estimate, record, report
 from runlog.record import Run, UsageError
-
-# --- recipes ------------------------------------------------------------------------------------
-
-_KD = {"kd_weight": 0.5, "temperature": 4.0}
-_SGD = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 5e-4}
-RECIPES = {
-    # About 90 minutes on two cores with bf16 matrix units: too few epochs for strong augmentation.
-    "cpu": Recipe(
-        teacher=Stage(24),
-        student=Stage(12, **_SGD, **_KD),
-        pruned=tuple(
-            Stage(epochs, **_SGD, **_KD, cuts=cuts)
-            for epochs, cuts in ((14, 10), (14, 10), (32, 8))
-        ),
-    ),
-    # Without a ResNet50, which costs two hours more with `--stem 2`: the dense student learns from
-    # labels alone, and teaches its pruned self, or all learn from --teacher. The last round is long
-    # and gentle, and meets the same batches again so that the teacher need not answer anew.
-    "self": Recipe(
-        teacher=None,
-        student=Stage(18, **_SGD, **_KD),
-        pruned=(
-            Stage(4, **_KD, cuts=3),
-            Stage(6, **_KD, cuts=4),
-            Stage(32, **_SGD, **_KD, cuts=12, share=6, views=16),
-        ),
-        crop_scale=(0.8, 1.0),
-        mixup_alpha=0.2,
-    ),
-    # For a GPU, 1 and 3 minutes: dense networks to teach others, and the long way down from a
-    # student of theirs. One training has all cuts, so gentle that SGD recovers from each within its
-    # epoch.
-    "dense": Recipe(
-        teacher=None,
-        student=Stage(24, **_SGD, **_KD),
-        pruned=(),
-        crop_scale=(0.8, 1.0),
-        mixup_alpha=0.2,
-        erased=0.5,
-    ),
-    "long": Recipe(
-        teacher=Stage(24),
-        student=Stage(12, **_SGD, **_KD),
-        pruned=(Stage(60, **_SGD, **_KD, cuts=20, views=15),),
-        crop_scale=(0.8, 1.0),
-        mixup_alpha=0.2,
-        erased=0.5,
-    ),
-    # A network that is given, trained on: as small as it is already, or cut at once. Its zeros cost
-    # nothing, so that training can be long, and augmentation strong.
-    "finetune": Recipe(
-        teacher=None,
-        student=None,
-        pruned=(Stage(40, **_SGD, **_KD, cuts=1),),
-        crop_scale=(0.8, 1.0),
-        mixup_alpha=0.2,
-        erased=0.5,
-    ),
-    # Accuracy against size: one ladder whose networks are all kept, one for each budget. After cuts
-    # so harsh AdamW recovers faster than SGD, which in longer rounds is as good or better.
-    "curve": Recipe(
-        teacher=Stage(24),
-        student=Stage(12, **_KD),
-        pruned=tuple(Stage(epochs, **_KD, cuts=epochs // 2) for epochs in (8, 8, 10, 10, 12, 16)),
-        budgets=(1_000_000, 500_000, 200_000, 100_000, 50_000, 20_000),
-    ),
-    # All stages on a part of the images: a look at the whole chain, not at its accuracy. Steps of
-    # networks of half the channels take a third of the time, which buys more of them. The
-    # last cuts lose most, and an epoch costs least then, so that the last round is the longest. The
-    # last network's answers are cheap: a ResNet50's would take half of a step.
-    "quick": Recipe(
-        teacher=Stage(2),
-        student=Stage(5, **_KD),
-        pruned=(Stage(4, **_KD, cuts=3), Stage(12, **_KD, cuts=8, share=4)),
-        images=5_000,
-        batch_size=64,
-        least_steps=70,
-        taught_by="last",
-        width=0.5,
-    ),
-}
-STAGES = ("teacher", "student", "pruned")
-CLEAR = 0.01  # validation accuracy: a difference above the noise of 5,000 images
-
-
-def plan(recipe: Recipe, largest: int, budget: int) -> list[Part]:
-    """All parts of a run whose dense student has `largest` parameters that can matter."""
-    rounds, shares = len(recipe.pruned), [stage.share or stage.cuts for stage in recipe.pruned]
-    ends = recipe.budgets
-    if not ends:
-        steps = prune.geometric_schedule(largest, budget, sum(shares))
-        ends = tuple(steps[sum(shares[: n + 1]) - 1] for n in range(rounds))
-    dense = ("teacher", recipe.teacher), ("student", recipe.student)
-    parts = [Part(name, of, n, f"{name}.pth") for n, (name, of) in enumerate(dense) if of]
-    for n, (stage, start, end) in enumerate(
-        zip(recipe.pruned, (largest, *ends)[:rounds], ends, strict=True)
-    ):
-        file = "pruned_resnet18.pth" if n == rounds - 1 else f"pruned_resnet18-{end}.pth"
-        ladder = tuple(prune.geometric_schedule(start, end, stage.cuts))
-        parts.append(Part("pruned", stage, 2 + n, file, ladder, n + 1, rounds))
-    return parts
-
 
 # --- the chain ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Chain:
+    """The trainings of a run before `--length` and the flags are applied."""
+
+    teacher: Training
+    student: Training
+    pruned: Training  # once for each budget
+    batches: Batches
+    width: float | None = None  # of the student; None: WIDTH
+
+
+# One learning rate cycle has all pruning steps, each small enough that SGD recovers from it within
+# an epoch. The pruned network's batches repeat after 15 epochs: a step without zeros is so cheap
+# that the teacher's forward pass would take half of the time.
+CHAIN = Chain(
+    teacher=Training(epochs=16),
+    student=Training(epochs=12),
+    pruned=Training(epochs=60, augment_period=15),
+    batches=Batches(),
+)
+# The same stages in five minutes: to see that everything works, not how accurate it gets. Half of
+# the channels make a step three times as fast, which buys more steps.
+QUICK = Chain(
+    teacher=Training(epochs=2),
+    student=Training(epochs=5),
+    pruned=Training(epochs=16, augment_period=4),
+    batches=Batches(images=5_000, batch_size=64, min_steps=70),
+    width=0.5,
+)
+PRUNE_FRACTION = 1 / 3  # of the epochs have a pruning step before them, the first ones
+LENGTH = {"cuda": 4.0}  # factor of all epochs, by device; others 1
+# Fraction of the student's channels, by the total stride of its stem: at stride 1 a ResNet18 of a
+# quarter of the channels is as accurate as a whole one at stride 2, in half of the time.
+WIDTH = {4: 1.0, 2: 1.0, 1: 0.25}
+# The teacher's stem stride and width for images of up to so many pixels: resolution is worth more
+# to its accuracy than channels, at equal time (docs/experiments.md).
+TEACHERS = ((32, 1, 0.25), (64, 2, 0.5), (data.SIZES[1], 4, 1.0))
+STAGES = ("teacher", "student", "pruned")
+TOLERANCE = 0.01  # validation accuracies that differ by less than this are equal: 5,000 images
+
+
+def stages_of(settings: dict, largest: int) -> list[Stage]:
+    """The stages of a run whose student has `largest` reachable parameters, in order."""
+    trainings = {name: Training(**settings[name]) for name in STAGES}
+    _, *teacher = next(row for row in TEACHERS if settings["image_size"] <= row[0])
+    student = "resnet18", settings["stem"], settings["width"]
+    stages = []
+    if settings["teacher_from"] == "trained":
+        stages.append(
+            Stage("teacher", "resnet50", *teacher, trainings["teacher"], 0, "teacher.pth")
+        )
+    if not settings["student_files"]:
+        stages.append(Stage("student", *student, trainings["student"], 1, "student.pth"))
+    training, budgets, start = trainings["pruned"], settings["budgets"], largest
+    for n, budget in enumerate(budgets):
+        steps = max(1, round(training.epochs * PRUNE_FRACTION))
+        steps = 1 if start == budget else steps  # a given network of this size is fine-tuned
+        schedule = tuple(prune.geometric_schedule(start, budget, steps))
+        file = "pruned_resnet18.pth" if n == len(budgets) - 1 else f"pruned_resnet18-{budget}.pth"
+        place = 2 + n, file, schedule, n + 1, len(budgets)
+        stages.append(Stage("pruned", *student, training, *place))
+        start = budget
+    return stages
+
+
 def prepare(
     source: data.Source,
-    recipe: Recipe,
+    batches: Batches,
     device: torch.device,
     full_train: bool = False,
     flip: bool = True,
 ) -> tuple[distill.TrainingData, Context]:
     """The images on the device, split into training and validation, or all for training."""
     (images_u8, labels), val = data.load_train(source, full_train)
-    images_u8, labels = images_u8[: recipe.images].to(device), labels[: recipe.images].to(device)
+    images_u8, labels = images_u8[: batches.images].to(device), labels[: batches.images].to(device)
     if val is not None:
-        # A part of the images has a fifth as many for validation, from everywhere in these: one's
-        # own lie there class by class.
-        most = recipe.images // 5 if recipe.images else len(val[1])
+        # A part of the images has a fifth as many for validation: every n-th, because image
+        # folders come class by class.
+        most = batches.images // 5 if batches.images else len(val[1])
         every = math.ceil(len(val[1]) / most)
         val = val[0][::every].to(device), val[1][::every].to(device)
-    images = distill.TrainingData(images_u8, labels, len(source.classes), recipe, val, flip)
-    return images, Context(device, models.bf16_is_faster(device), source.image_size, source.grey)
+    images = distill.TrainingData(images_u8, labels, len(source.classes), batches, val, flip)
+    bf16 = models.bf16_is_faster(device)
+    return images, Context(device, bf16, source.image_size, source.grey)
 
 
-def build(stage: str, settings: dict, classes: int) -> nn.Module:
-    """A new network for the stage "teacher" or "student", initialised from the run's seed."""
-    torch.manual_seed(settings["seed"] * len(STAGES) + STAGES.index(stage))
-    arch = "resnet50" if stage == "teacher" else "resnet18"
-    imagenet = settings["imagenet"] and stage == "student"
-    model = models.build(arch, classes, imagenet, settings["stem"])
-    if not imagenet:
-        prune.apply_width_(model, settings["recipe"]["width"])
+def build(stage: Stage, settings: dict) -> nn.Module:
+    """A new network for a stage, initialized from the run's seed."""
+    torch.manual_seed(settings["seed"] * len(STAGES) + STAGES.index(stage.name))
+    imagenet = settings["imagenet"] and stage.name != "teacher"
+    model = models.build(stage.arch, len(settings["classes"]), imagenet, stage.stem)
+    prune.apply_width_(model, stage.width)
     return model
 
 
-def teachers_of(run: Run, part: Part, parts: list[Part]) -> list[Path]:
-    """The files of the networks that `part` learns from beside the labels; []: from labels only.
+def teacher_files(run: Run, stage: Stage, stages: list[Stage]) -> list[Path]:
+    """The weights files of the networks that `stage` is distilled from; []: labels only.
 
-    Without --teacher, what is left of the student learns from one of the networks so far that are
-    within CLEAR of the best, by the validation accuracy in their files: where images are few, a
-    ResNet50 of few steps can be near chance, and a pruned network far ahead of the dense one.
+    Without --teacher the pruned network is distilled from the first network of the run whose
+    validation accuracy is within TOLERANCE of the best: on few images a ResNet50 of few steps can
+    be near chance, and a pruned network more accurate than the unpruned one.
     """
-    if part.name == "teacher":
-        return []
-    before = [(other.name, run.path(other)) for other in parts[: parts.index(part)]]
-    if part.name == "student" or run.given("teacher"):
-        return run.given("teacher") or [file for _, file in before][:1]
-    before += [("student", file) for file in run.given("student")]  # not a part
+    if stage.name == "teacher" or run.given["teacher"]:
+        return run.given["teacher"]
+    before = [("student", file) for file in run.given["student"]]
+    before += [(other.name, run.path(other)) for other in stages[: stages.index(stage)]]
     files = [file for _, file in sorted(before, key=lambda pair: STAGES.index(pair[0]))]
+    if stage.name == "student":
+        return files[:1]
     accuracies = [checkpoint.load(file)[1].get("val_accuracy") or 0 for file in files]
-    enough = max(accuracies) - CLEAR
-    good = [file for file, accuracy in zip(files, accuracies, strict=True) if accuracy >= enough]
-    return [good[0 if run.settings["recipe"]["taught_by"] == "first" else -1]]
+    enough = max(accuracies) - TOLERANCE
+    return [next(f for f, accuracy in zip(files, accuracies, strict=True) if accuracy >= enough)]
 
 
 def train(
     run: Run,
-    parts: list[Part],
+    stages: list[Stage],
     images: distill.TrainingData,
-    setup: Context,
+    context: Context,
     source: data.Source,
     stop: Stop,
 ) -> None:
-    """All parts that are not finished yet."""
-    teachers, taught_by, before = [], [], next(iter(run.given("student")), None)
-    for part in parts:
-        runtime.barrier()  # until process 0 has written the part before
-        path = run.path(part)
+    """All stages that are not finished yet."""
+    teachers, loaded, before = [], [], next(iter(run.given["student"]), None)
+    for stage in stages:
+        runtime.barrier()  # until process 0 has written the stage before
+        path = run.path(stage)
         if not path.exists():
-            learns_from = teachers_of(run, part, parts)
-            if learns_from != taught_by:
-                teachers = [setup.frozen(checkpoint.load(file)[0]) for file in learns_from]
-                taught_by = learns_from
-            if part.name == "pruned":
+            files = teacher_files(run, stage, stages)
+            if files != loaded:
+                teachers = [context.inference_copy(checkpoint.load(file)[0]) for file in files]
+                loaded = files
+            if stage.name == "pruned":
                 model, _ = checkpoint.load(before)
             else:
-                model = build(part.name, run.settings, images.classes)
+                model = build(stage, run.settings)
             model = distill.fit(
-                part,
+                stage,
                 model,
                 teachers,
                 images,
-                setup,
+                context,
                 seed=run.settings["seed"],
-                saved=run.saved(part),
-                save=functools.partial(run.save, part),
+                saved=run.saved(stage),
+                save=functools.partial(run.save, stage),
                 stop=stop,
             )
             if runtime.rank() == 0:
-                keep(run, part, model, images, source)
+                save_weights(run, stage, model, images, context, source)
         before = path
 
 
-def keep(
-    run: Run, part: Part, model: nn.Module, images: distill.TrainingData, source: data.Source
+def save_weights(
+    run: Run,
+    stage: Stage,
+    model: nn.Module,
+    images: distill.TrainingData,
+    context: Context,
+    source: data.Source,
 ) -> None:
-    """Write a finished network, with what is known of it."""
-    val = None
-    if images.val is not None:
-        val = models.accuracy(models.infer(model, images.val[0]), images.val[1])
+    """Write a finished network and its metadata."""
     meta = {
-        "arch": "resnet50" if part.name == "teacher" else "resnet18",
-        "stem": run.settings["stem"],
+        "arch": stage.arch,
+        "stem": stage.stem,
         "num_classes": len(source.classes),
         "classes": list(source.classes),
         "dataset": source.name,
         "image_size": source.image_size,
         "grey": source.grey,
-        "stage": part.name,
-        "recipe": run.settings["recipe_name"],
+        "stage": stage.name,
+        "command": run.command,
         "seed": run.settings["seed"],
         "commit": record.commit(),
-        "val_accuracy": val,
+        "val_accuracy": distill.validate(model, images.val, replace(context, bf16=False)),
     }
-    if part.cuts:
-        meta["budget"] = part.cuts[-1]
-    checkpoint.save(run.path(part), model, meta)
-
-
-def announce(run: Run, parts: list[Part], images: distill.TrainingData, setup: Context) -> None:
-    """Device, recipe, epochs and, from a few measured steps, the expected time."""
-    device, precision = models.device_name(setup.device), "bf16" if setup.bf16 else "fp32"
-    runtime.print_rank0(f"device {device}, {precision}, run {run.folder}")
-    recipe, seed = run.settings["recipe_name"], run.settings["seed"]
-    shown = f"{len(images.labels):,} images{'' if images.flip else ', never mirrored'}"
-    shown += f", {images.passes} times an epoch" if images.passes > 1 else ""
-    shown += f", batches of {images.batch_size}"
-    shown += ", none for validation" if images.val is None else ""
-    runtime.print_rank0(f"recipe {recipe}, seed {seed}, {shown}")
-    seconds = measure(run, parts, images, setup)
-    total = 0.0
-    for stage in seconds:
-        ours = [part for part in parts if part.name == stage]
-        done = {part: run.epochs_done(part) for part in ours}
-        step, answer = seconds[stage]
-        epochs = sum(part.stage.epochs - done[part] for part in ours)
-        asked = sum(distill.distinct_epochs(part.stage, done[part]) for part in ours)
-        minutes = (epochs * step + asked * answer) * images.passes * images.steps / 60
-        total += minutes
-        listed = " + ".join(str(part.stage.epochs) for part in ours)
-        known = f" ({sum(done.values())} are done)" if any(done.values()) else ""
-        runtime.print_rank0(f"  {stage:8} {listed} epochs{known}, about {minutes:.1f} minutes")
-    runtime.print_rank0(f"  in all about {total:.1f} minutes")
-
-
-def measure(
-    run: Run, parts: list[Part], images: distill.TrainingData, setup: Context
-) -> dict[str, tuple[float, float]]:
-    """Seconds that a training step, and the teacher's answer, take in each stage, on networks
-    thrown away."""
-    seconds = {}
-    recipe, classes = run.settings["recipe"], images.classes
-
-    def networks_of(stage: str) -> list[nn.Module]:
-        given = [checkpoint.load(path)[0] for path in run.given(stage)]
-        return given or [build(stage, run.settings, classes)]
-
-    teaches = "teacher" if run.given("teacher") or recipe["teacher"] else "student"
-    teacher = distill.Teacher([setup.frozen(network) for network in networks_of(teaches)])
-    for part in parts:
-        if part.round > 1:
-            continue
-        stage = "teacher" if part.name == "teacher" else "student"
-        network = distill.TrainState(networks_of(stage)[0], part.stage, setup)
-        if run.given(stage):  # what is zero already costs nothing
-            network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
-        network.model.train()
-        taught = part.name == "pruned" or (part.name, teaches) == ("student", "teacher")
-        steps, answers = [], []
-        batches = images.batches(Generator(setup.device).manual_seed(0))
-        enough = 2 * distill.CudaGraphed.FIRST + 3 if setup.device.type == "cuda" else 5
-        for _, (batch, targets) in zip(range(enough), batches, strict=False):
-            began = time.perf_counter()
-            logits = teacher.logits(batch) if taught else None
-            answered = time.perf_counter()
-            loss, _ = network.step(batch, targets, logits, rate=0.0)
-            loss.item()
-            steps.append(time.perf_counter() - answered)
-            answers.append(answered - began)
-        seconds[part.name] = statistics.median(steps), statistics.median(answers)
-    return seconds
+    if stage.budgets:
+        meta["budget"] = stage.budgets[-1]
+    checkpoint.save(run.path(stage), model, meta)
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -328,190 +223,263 @@ def measure(
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Distil a ResNet50 into a ResNet18 on Fashion-MNIST and prune it to exactly "
-        "--budget parameters. The same command goes on with a run that was stopped.",
+        "--budget parameters. The same command resumes a run that was stopped.",
     )
-    what = parser.add_argument_group("what is trained")
-    recipe = what.add_mutually_exclusive_group()
-    recipe.add_argument("--recipe", choices=RECIPES, default="cpu", help="default: cpu")
-    recipe.add_argument(
-        "--quick", action="store_const", dest="recipe", const="quick",
-        help="the recipe quick: a part of the images, about 5 minutes",
+    add = parser.add_argument_group("how long, how small").add_argument
+    add("--quick", action="store_true", help="the whole chain on 5,000 images, about 5 minutes")
+    add(
+        "--length", type=float, metavar="F",
+        help="factor of the epochs of all stages (default: 1, on a GPU 4)",
     )  # fmt: skip
-    what.add_argument(
-        "--stem",
-        type=int,
-        choices=models.STEMS,
-        default=4,
-        help="total stride of the first layers of both networks: 4, torchvision's (default); for "
-        "images below about 64 pixels 2, 3x3 with stride 1 and the max-pool, is one or two points "
-        "better: 5 times the work; or 1, without the max-pool: 17 times",
-    )
-    what.add_argument("--budget", type=int, metavar="N", help="parameters left (default 100000)")
-    what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
-    what.add_argument(
-        "--teacher",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="weights of a ResNet50 or ResNet18, or of several, whose mean teaches; no teacher is "
-        "trained then",
-    )
-    what.add_argument(
-        "--student",
-        type=Path,
-        nargs=1,
-        metavar="FILE",
-        help="weights of a ResNet18, dense or pruned, to go on from; no dense one is trained then",
-    )
-    what.add_argument(
-        "--imagenet", action="store_true", help="start the student from torchvision's weights"
-    )
-    what.add_argument(
-        "--full-train", action="store_true", help="train on all images, without validation"
-    )
-    what.add_argument(
-        "--no-flip",
-        action="store_true",
-        help="never mirror images: for letters, digits, arrows, left and right (default: half of "
-        "the time, but mnist and kmnist never)",
-    )
-    where = parser.add_argument_group("where")
-    where.add_argument("--name", help="of the run, a folder in runs/ (default <recipe>-seed<seed>)")
-    where.add_argument(
-        "--dataset",
-        choices=data.DATASETS,
-        default="fashion-mnist",
-        help="images by name (default: fashion-mnist)",
-    )
-    where.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder with the images (default: found or fetched), or with your own: "
+    add(
+        "--budget", type=int, nargs="+", metavar="N",
+        help="parameters that are left (default: 100000); of several, largest first, each is "
+        "pruned from the one before, kept and measured",
+    )  # fmt: skip
+    add("--no-prune", action="store_true", help="stop after the unpruned student")
+    add = parser.add_argument_group("networks").add_argument
+    add(
+        "--stem", type=int, choices=models.STEMS,
+        help="total stride of the student's stem: 4, torchvision's (default); 2, a 3x3 convolution "
+        "and the max-pool, more accurate on small images; 1, without the max-pool, most accurate",
+    )  # fmt: skip
+    add(
+        "--width", type=float, metavar="F",
+        help="fraction of the student's channels (default: 1, with --stem 1 a quarter)",
+    )  # fmt: skip
+    add(
+        "--teacher", nargs="+", metavar="FILE",
+        help="weights of the teacher instead of training one; of several, the mean of the logits "
+        "is distilled; none: the student is trained with labels only and is the pruned network's "
+        "teacher",
+    )  # fmt: skip
+    add(
+        "--student", type=Path, metavar="FILE",
+        help="weights of a ResNet18 to prune, or to fine-tune if it has as few parameters already, "
+        "instead of training one",
+    )  # fmt: skip
+    add("--imagenet", action="store_true", help="start the student from torchvision's weights")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    add = parser.add_argument_group("images").add_argument
+    add(
+        "--data", type=Path, metavar="DIR",
+        help="folder with the data set (default: found or downloaded), or with your own images: "
         "DIR/train/<class>/*.png, optional val/ and test/",
-    )
-    where.add_argument(
-        "--image-size", type=int, metavar="N", help="pixels a side to resize to (own images: 28)"
-    )
-    where.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
+    )  # fmt: skip
+    add(
+        "--dataset", choices=data.DATASETS, default="fashion-mnist",
+        help="data set by name (default: fashion-mnist)",
+    )  # fmt: skip
+    add("--image-size", type=int, metavar="N", help="pixels a side (default for own images: 28)")
+    add(
+        "--no-flip", action="store_true",
+        help="never mirror images: for letters, digits, arrows, left and right (mnist and kmnist "
+        "never are)",
+    )  # fmt: skip
+    add("--full-train", action="store_true", help="train on all images, without validation")
+    add = parser.add_argument_group("run").add_argument
+    add("--name", help="its folder in runs/ (default: from the flags, such as resnet18-seed0)")
+    add("--device", choices=models.DEVICES, default="auto", help="default: the best there is")
     return parser.parse_args(argv)
 
 
 def start(args: argparse.Namespace) -> None:
     """Check everything that was asked for, then train."""
+    check_combination(args)
     device = models.choose_device(args.device)
     source = data.find(args.data, args.dataset, args.image_size)
-    name, settings, largest = check(args, source)
+    settings, given, largest = check(args, source, device)
+    name = args.name or default_name(args, settings, source)
+    if Path(name).name != name or name in (".", ".."):
+        raise UsageError(f"--name {name}: a name, not a path")
     if runtime.rank() > 0:
         runtime.barrier()  # until process 0 has the folder
-    with record.lock(record.RUNS / name) if runtime.rank() == 0 else contextlib.nullcontext():
-        recipe = RECIPES[args.recipe]
-        images, setup = prepare(source, recipe, device, args.full_train, settings["flip"])
+    folder = record.RUNS / name
+    with record.lock(folder) if runtime.rank() == 0 else contextlib.nullcontext():
+        batches = Batches(**settings["batches"])
+        images, context = prepare(source, batches, device, args.full_train, settings["flip"])
         machine = {
             "kind": device.type,
             "threads": torch.get_num_threads(),
             "processes": runtime.world_size(),
         }
-        run = Run(record.RUNS / name, settings, machine, setup.bf16)
+        run = Run(folder, settings, given, command(args, settings), machine, context.bf16)
         if run.record["machine"]["kind"] == device.type:  # as measured when the run was begun
-            setup = replace(setup, bf16=run.record["bf16"])
+            context = replace(context, bf16=run.record["bf16"])
         if runtime.rank() == 0:
             runtime.barrier()
         if run.finished:
-            runtime.print_rank0(
-                f"{run.folder}: this run is finished; --name or --seed starts another"
-            )
+            runtime.print_rank0(f"{folder}: this run is finished; --name or --seed starts another")
         else:
-            parts = plan(recipe, largest, settings["budget"])
-            parts = [part for part in parts if not settings.get(part.name)]
-            announce(run, parts, images, setup)
+            stages = stages_of(settings, largest)
+            estimate.print_plan(run, stages, build, images, context)
             with Stop() as stop:
-                train(run, parts, images, setup, source, stop)
+                train(run, stages, images, context, source, stop)
             if runtime.rank() == 0:
-                report.write_report(run, parts, images, setup, source)
+                report.write_report(run, stages, images, context, source)
         if runtime.rank() == 0:
             report.print_summary(run)
 
 
-def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int]:
-    """The name of the run, its settings, and how many parameters of the dense student can matter.
+def check_combination(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that contradict each other or are out of range."""
+    for wrong, message in (
+        (not 0 <= args.seed < 10**9, f"--seed {args.seed}: possible are 0 to 999,999,999"),
+        (args.quick and args.length, "--quick and --length: choose one"),
+        (args.length is not None and not 0.01 <= args.length <= 100, "--length: 0.01 to 100"),
+        (args.width is not None and not 0.1 <= args.width <= 1, "--width: 0.1 to 1"),
+        (args.no_prune and args.budget, "--no-prune and --budget: choose one"),
+        (args.no_prune and args.student, "--no-prune and --student: nothing is left to train"),
+        (args.student and args.imagenet, "--student and --imagenet: choose one"),
+        (args.student and args.width, "--width: follows from --student"),
+        (args.imagenet and args.width not in (None, 1), "--imagenet needs --width 1"),
+        (len(args.teacher or ()) > 1 and "none" in args.teacher, "--teacher: none or files"),
+        (len(set(args.budget or ())) < len(args.budget or ()), "--budget: twice the same number"),
+    ):
+        if wrong:
+            raise UsageError(message)
 
-    Raises UsageError, or whatever else is wrong, now and not after hours.
+
+def check(
+    args: argparse.Namespace, source: data.Source, device: torch.device
+) -> tuple[str, dict, dict[str, list[Path]], int]:
+    """The run's name and settings, the given files, and the student's reachable parameters.
+
+    Raises UsageError, or whatever else is wrong, before hours of work.
     """
-    if not 0 <= args.seed < 10**9:
-        raise UsageError(f"--seed {args.seed}: a number from 0 to 999,999,999")
-    images = "" if source.name == "fashion-mnist" else f"-{source.name}"
-    stem = "" if args.stem == 4 else f"-stem{args.stem}"
-    name = args.name or f"{args.recipe}{images}{stem}-seed{args.seed}"
-    if Path(name).name != name or name in (".", ".."):
-        raise UsageError(f"--name {name}: a name, not a path")
     (_, labels), _ = data.load_train(source, args.full_train)
     if data.has_split(source, "test"):
         data.load(source, "test")
-    classes = len(source.classes)
-    try:
-        probe = models.build("resnet18", classes, args.imagenet, args.stem)
-    except OSError as error:
-        raise UsageError(f"--imagenet: the weights cannot be downloaded ({error})") from None
-    with torch.no_grad():
-        for weight in prune.weights(probe).values():
-            weight.fill_(1)  # a random one can be 0.0, and the plan would be another next time
-    recipe = RECIPES[args.recipe]
-    if not args.imagenet:
-        prune.apply_width_(probe, recipe.width)
-    if recipe.budgets and args.budget is not None:
-        raise UsageError(f"--budget {args.budget}: the recipe {args.recipe} has its own budgets")
-    budgets = recipe.budgets or (100_000 if args.budget is None else args.budget,)
-    smallest, largest = prune.budget_range(probe, source.image_size, source.grey)
-    if not all(smallest <= budget <= largest for budget in budgets):
-        raise UsageError(
-            f"--budget {budgets[-1]:,}: possible are {smallest:,} (BatchNorm, biases, and "
-            f"the floors of all layers) to {largest:,} (all weights that can matter)"
-        )
-    files = {"teacher": {}, "student": {}}
-    for stage, given in files.items():
-        for path in getattr(args, stage) or []:
-            network, meta = checkpoint.load(path)
-            given[str(path.resolve())] = hashlib.sha256(path.read_bytes()).hexdigest()
-            if meta["num_classes"] != classes:
-                raise UsageError(
-                    f"{path}: has {meta['num_classes']} classes, the images have {classes}"
-                )
-    if args.student is not None:  # the last that was read
-        if (meta["arch"], meta["stem"]) != ("resnet18", args.stem):
+    teachers = [] if args.teacher in (None, ["none"]) else [Path(file) for file in args.teacher]
+    given = {"teacher": teachers, "student": [args.student] if args.student else []}
+    loaded = {
+        path: check_given(f"--{stage}", path, source) for stage in given for path in given[stage]
+    }
+    stem = args.stem or 4
+    if args.student:
+        arch, stem = (loaded[args.student][1][key] for key in ("arch", "stem"))
+        if arch != "resnet18" or args.stem not in (None, stem):
+            wanted = f" of --stem {args.stem}" if args.stem else ""
             raise UsageError(
-                f"--student {path}: a {meta['arch']} of --stem {meta['stem']}, not a "
-                f"resnet18 of --stem {args.stem}"
+                f"--student {args.student}: a {arch} of --stem {stem}, not a resnet18{wanted}"
             )
-        largest = min(largest, left := prune.count(network))
-        if left < max(budgets):
-            raise UsageError(
-                f"--student {path}: has {left:,} parameters, fewer than the budget {max(budgets):,}"
-            )
-    elif recipe.student is None:
-        raise UsageError(f"--recipe {args.recipe}: needs a network to go on from, --student FILE")
-    batch_size, _, _ = distill.batch_layout(len(labels[: recipe.images]), recipe)
-    if batch_size % runtime.world_size():
-        raise UsageError(
-            f"{runtime.world_size()} processes cannot share batches of {batch_size} equally"
-        )
+    chain = QUICK if args.quick else CHAIN
+    length = 1.0 if args.quick else args.length or LENGTH.get(device.type, 1.0)
+    trainings = {name: getattr(chain, name) for name in STAGES}
+    trainings = {
+        n: replace(t, epochs=max(1, round(t.epochs * length))) for n, t in trainings.items()
+    }
+    width = 1.0 if args.imagenet or args.student else args.width or chain.width or WIDTH[stem]
+    budgets = [] if args.no_prune else sorted(args.budget or [100_000], reverse=True)
     settings = {
-        "recipe": asdict(recipe),
-        "recipe_name": args.recipe,
-        "stem": args.stem,
+        **{name: asdict(training) for name, training in trainings.items()},
+        "batches": asdict(chain.batches),
+        "quick": args.quick,
+        "length": length,
+        "stem": stem,
+        "width": width,
+        "budgets": budgets,
         "seed": args.seed,
-        "budget": budgets[-1],
-        **files,
+        "teacher_from": "given" if teachers else "none" if args.teacher else "trained",
+        "teacher_files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in teachers],
+        "student_files": [
+            hashlib.sha256(path.read_bytes()).hexdigest() for path in given["student"]
+        ],
         "imagenet": args.imagenet,
         "full_train": args.full_train,
         "flip": source.name in data.FLIPPABLE and not args.no_flip,
-        "dataset": source.name if source.name != "folder" else str(source.path.resolve()),
+        "dataset": source.name,
         "image_size": source.image_size,
         "grey": source.grey,
         "classes": list(source.classes),
         "files": data.digest(source),
     }
-    return name, settings, largest
+    try:
+        probe = models.build("resnet18", len(source.classes), args.imagenet, stem)
+    except OSError as error:
+        raise UsageError(f"--imagenet: the weights cannot be downloaded ({error})") from None
+    with torch.no_grad():
+        for weight in prune.weights(probe).values():
+            weight.fill_(1)  # a random one can be 0.0, and the schedule would differ next time
+    prune.apply_width_(probe, width)
+    smallest, largest = prune.budget_range(probe, source.image_size, source.grey)
+    for budget in budgets:
+        if not smallest <= budget <= largest:
+            raise UsageError(
+                f"--budget {budget}: possible are {smallest:,} (BatchNorm, biases and the "
+                f"per-layer minimum) to {largest:,} (all reachable weights)"
+            )
+    if args.student:
+        largest = min(largest, left := prune.count(loaded[args.student][0]))
+        if left < max(budgets):
+            raise UsageError(
+                f"--student {args.student}: has {left:,} parameters, fewer than --budget "
+                f"{max(budgets)}"
+            )
+    batch_size, _, _ = distill.batch_layout(len(labels[: chain.batches.images]), chain.batches)
+    if batch_size % runtime.world_size():
+        raise UsageError(
+            f"{runtime.world_size()} processes cannot share batches of {batch_size} equally"
+        )
+    return settings, given, largest
+
+
+def check_given(flag: str, path: Path, source: data.Source) -> tuple[nn.Module, dict]:
+    """The network in a file that was given, and its metadata. Raises UsageError if it was trained
+    for other classes or images than those of `source`."""
+    network, meta = checkpoint.load(path)
+    there = {"classes": list(source.classes), "image_size": source.image_size, "grey": source.grey}
+    if meta["num_classes"] != len(source.classes):
+        raise UsageError(
+            f"{flag} {path}: has {meta['num_classes']} classes, the images have "
+            f"{len(source.classes)}"
+        )
+    names = {
+        "classes": lambda classes: f"the classes {', '.join(classes)[:200]}",
+        "image_size": lambda size: f"images of {size} pixels a side",
+        "grey": lambda grey: f"{'gray' if grey else 'color'} images",
+    }
+    for key, shown in names.items():
+        if meta.get(key, there[key]) != there[key]:
+            raise UsageError(
+                f"{flag} {path}: was trained for {shown(meta[key])}, but {source.path} has "
+                f"{shown(there[key])}"
+            )
+    return network, meta
+
+
+def command(args: argparse.Namespace, settings: dict) -> str:
+    """The command line without seed and place, the same on every device; for records."""
+    flags = vars(args) | {"length": None if settings["length"] == 1 else settings["length"]}
+    words = ["train.py"]
+    for name, value in flags.items():
+        if name in ("seed", "name", "device", "data") or value in (None, False, [100_000]):
+            continue
+        if (name, value) in (("stem", 4), ("dataset", "fashion-mnist")):
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            values = value if isinstance(value, list) else [value]
+            words += [record.shown_path(v) if Path(str(v)).is_file() else f"{v}" for v in values]
+    return " ".join(words)
+
+
+def default_name(args: argparse.Namespace, settings: dict, source: data.Source) -> str:
+    """The folder of a run whose --name is not given: two different runs seldom have the same."""
+    own = source.path.resolve().name if source.name == "folder" else source.name
+    parts = (
+        "quick" if args.quick else "resnet18",
+        own if source.name != "fashion-mnist" else "",
+        f"stem{settings['stem']}" if settings["stem"] != 4 else "",
+        f"width{args.width:g}" if args.width else "",
+        f"length{args.length:g}" if args.length else "",
+        "-".join(map(str, settings["budgets"])) if args.budget else "",
+        "dense" if args.no_prune else "",
+        {"given": "distilled", "none": "labels"}.get(settings["teacher_from"], ""),
+        "finetuned" if args.student else "",
+        f"seed{args.seed}",
+    )
+    return "-".join(filter(None, parts))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -535,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}; the epochs before are kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command resumes from here", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -17,12 +18,13 @@ import filelock
 
 import checkpoint
 import runtime
-from distill import Part
+from distill import Stage
 
 STATE, STATE_BEFORE = "state.pt", "state-before.pt"
 HERE = Path(__file__).resolve().parent.parent  # the project
 RUNS = HERE / "runs"
-RESULTS = RUNS / "results.csv"
+RESULTS = RUNS / "results.csv"  # of this machine
+RECORDED = HERE / "bench" / "results.csv"  # of the project
 
 
 class UsageError(Exception):
@@ -30,15 +32,24 @@ class UsageError(Exception):
 
 
 class Run:
-    """What was asked for, how far it is, what it leaves.
+    """The folder of one training run.
 
-    `settings` decide what is trained: a run only goes on with the same. `machine` (threads, ...)
-    decides how it is rounded: a run that goes on with another is warned of. Raises
-    UsageError if the folder cannot be used.
+    `settings` decide what is trained: a run is only resumed with the same. `given`: the weights
+    files of --teacher and --student, wherever they are now; their hashes are in the settings.
+    `machine` (threads, ...) affects floating-point results: a run that is resumed on another warns.
+    Raises UsageError if the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, settings: dict, machine: dict, bf16: bool):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict,
+        given: dict[str, list[Path]],
+        command: str,
+        machine: dict,
+        bf16: bool,
+    ):
+        self.folder, self.given, self.command = folder, given, command
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
         self.record = self._open(machine, bf16)
         self._state = self._read_state()
@@ -47,7 +58,7 @@ class Run:
         self._clock = time.perf_counter()
 
     def _open(self, machine: dict, bf16: bool) -> dict:
-        """Create the folder, or go on with what is there if the settings are the same."""
+        """Create the folder, or resume the run that is in it if the settings are the same."""
         record = self.folder / "run.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +66,7 @@ class Run:
             if known is None:
                 known = {
                     "name": self.folder.name,
+                    "command": self.command,
                     "settings": self.settings,
                     "machine": machine,
                     "bf16": bf16,
@@ -65,10 +77,15 @@ class Run:
                 raise ValueError(f"{record.name} is not the record of a run")
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.folder}: cannot be used for the run ({error})") from None
+        if known["settings"].keys() != self.settings.keys():
+            raise UsageError(
+                f"{self.folder} holds a run of another version of train.py, whose settings no "
+                "longer mean anything; choose another --name, or remove the folder"
+            )
         if changes := _changes(known["settings"], self.settings):
             raise UsageError(
                 f"{self.folder} holds a run with other settings ({changes}); choose another "
-                "--name, or go on with what it was started with"
+                "--name, or resume it with the settings it was started with"
             )
         if "stages" not in known and (changes := _changes(known["machine"], machine)):
             print(
@@ -86,7 +103,7 @@ class Run:
                 if path.exists():
                     return checkpoint.read(path)
             except checkpoint.CheckpointError as error:
-                print(f"train.py: warning: {error}; going on from the one before", file=sys.stderr)
+                print(f"train.py: warning: {error}; resuming from the one before", file=sys.stderr)
                 if runtime.rank() == 0:
                     path.unlink()  # it must not become the one before
         return {}
@@ -95,26 +112,22 @@ class Run:
     def finished(self) -> bool:
         return "stages" in self.record
 
-    def given(self, stage: str) -> list[Path]:
-        """The files of --teacher, or the one of --student."""
-        return [Path(file) for file in self.settings[stage]]
+    def path(self, stage: Stage) -> Path:
+        """The weights file of a finished stage."""
+        return self.folder / stage.file
 
-    def path(self, part: Part) -> Path:
-        """The file of a finished part."""
-        return self.folder / part.file
+    def epochs_done(self, stage: Stage) -> int:
+        """How many epochs of `stage` are finished."""
+        if self.path(stage).exists():
+            return stage.training.epochs
+        return state["epoch"] if (state := self.saved(stage)) else 0
 
-    def epochs_done(self, part: Part) -> int:
-        """How many epochs of `part` need not be trained any more."""
-        if self.path(part).exists():
-            return part.stage.epochs
-        return state["epoch"] if (state := self.saved(part)) else 0
+    def saved(self, stage: Stage) -> dict | None:
+        """The last state that `save` was given for `stage`, if the run stopped there."""
+        return self._state if self._state.get("stage") == stage.number else None
 
-    def saved(self, part: Part) -> dict | None:
-        """What `save` was given last for `part`, if that is where the run stopped."""
-        return self._state if self._state.get("part") == part.number else None
-
-    def save(self, part: Part, state: dict, row: dict | None) -> None:
-        """Write the `state` of a part, keeping the one before, and metrics.csv with its new row."""
+    def save(self, stage: Stage, state: dict, row: dict | None) -> None:
+        """Write the state of a stage, keeping the one before, and metrics.csv with its new row."""
         if row is not None:
             self.rows.append(row)
         if runtime.rank() > 0:
@@ -122,22 +135,20 @@ class Run:
         now = time.perf_counter()
         self.minutes += (now - self._clock) / 60
         self._clock = now
-        state = {"part": part.number, **state, "rows": self.rows, "minutes": self.minutes}
+        state = {"stage": stage.number, **state, "rows": self.rows, "minutes": self.minutes}
         if (self.folder / STATE).exists():
             (self.folder / STATE).replace(self.folder / STATE_BEFORE)
         checkpoint.write(self.folder / STATE, state)
         if self.rows:
             checkpoint.write(self.folder / "metrics.csv", to_csv(self.rows))
 
-    def minutes_of(self, part: Part) -> float:
-        """Minutes that the epochs of `part` took."""
-        of = [
-            r["seconds"] for r in self.rows if (r["stage"], r["round"]) == (part.name, part.round)
-        ]
-        return round(sum(of) / 60, 1)
+    def minutes_of(self, stage: Stage) -> float:
+        """Minutes that the epochs of `stage` took."""
+        ours = [r for r in self.rows if (r["stage"], r["round"]) == (stage.name, stage.round)]
+        return round(sum(row["seconds"] for row in ours) / 60, 1)
 
     def finish(self, record: dict) -> None:
-        """Write the record, and remove the states: all they held is in the other files now."""
+        """Write the record, and remove the states: all that they hold is in the other files."""
         self.record |= {**record, "minutes": round(self.minutes, 1), "commit": commit()}
         checkpoint.write(self.folder / "run.json", json.dumps(self.record, indent=2))
         for name in (STATE, STATE_BEFORE):
@@ -180,6 +191,26 @@ def add_results(rows: list[dict]) -> None:
     """Add rows to the table of this machine's results, which git ignores."""
     old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
     checkpoint.write(RESULTS, to_csv([*old, *rows]))
+
+
+def recorded_accuracy(command: str) -> str:
+    """The test accuracy that `command` had, by the project's results; "" if it was not run."""
+    if not RECORDED.exists():
+        return ""
+    rows = [row for row in csv.DictReader(RECORDED.open()) if row.get("command") == command]
+    last = {row["seed"]: row for row in rows}  # of several budgets, the smallest
+    test = [100 * float(row["pruned_test"] or row["student_test"]) for row in last.values()]
+    if not test:
+        return ""
+    spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
+    seeds = f"{len(test)} seed{'s' * (len(test) > 1)}"
+    return f"; this command reached {statistics.mean(test):.2f}{spread}% on test ({seeds})"
+
+
+def shown_path(path: str | Path) -> str:
+    """As --teacher or --student has it in the project's folder, elsewhere its name."""
+    path = Path(path).resolve()
+    return str(path.relative_to(HERE)) if HERE in path.parents else path.name
 
 
 def to_csv(rows: list[dict]) -> str:

@@ -5,6 +5,7 @@ import math
 import platform
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,24 +28,24 @@ Labelled = tuple[Tensor, Tensor]  # images, labels
 
 def write_report(
     run: Run,
-    parts: list[distill.Part],
+    stages: list[distill.Stage],
     images: distill.TrainingData,
-    setup: distill.Context,
+    context: distill.Context,
     source: data.Source,
 ) -> None:
-    """Read the files that the run wrote, measure test, and write all that is left of the run."""
+    """Measure the test accuracy of the files that the run wrote; write record, row and plots."""
     val, test = images.val, data.load(source, "test") if data.has_split(source, "test") else None
-    files = [(stage, path, 0.0) for stage in ("teacher", "student") for path in run.given(stage)]
-    files += [(part.title, run.path(part), run.minutes_of(part)) for part in parts]
+    files = [(name, path, 0.0) for name in ("teacher", "student") for path in run.given[name]]
+    files += [(stage.title, run.path(stage), run.minutes_of(stage)) for stage in stages]
     sizes = images.labels.bincount(minlength=images.classes)
     uneven = (sizes.max() > 2 * sizes.min()).item()  # then accuracy says little of rare classes
-    stages = []
+    rows, exact = [], replace(context, bf16=False)
     for title, path, minutes in files:
-        model, meta = checkpoint.load(path, setup.device)
+        model, meta = checkpoint.load(path, context.device)
         last = path == files[-1][1]
-        val_logits = models.infer(model, val[0]) if val and (uneven or last) else None
-        test_logits = models.infer(model, test[0]) if test else None
-        stage = {
+        val_logits = exact.logits(model, val[0]) if val and (uneven or last) else None
+        test_logits = exact.logits(model, test[0]) if test else None
+        row = {
             "stage": title,
             "file": path.name,
             "kilobytes": round(path.stat().st_size / 1000),
@@ -54,21 +55,21 @@ def write_report(
             "minutes": minutes,
         }
         if uneven and test:
-            stage["test_balanced"] = balanced(test_logits, test[1])
+            row["test_balanced"] = balanced(test_logits, test[1])
         if uneven and val:
-            stage["val_balanced"] = balanced(val_logits, val[1])
-        stages.append(stage)
+            row["val_balanced"] = balanced(val_logits, val[1])
+        rows.append(row)
     size = source.image_size
     summary = torchinfo.summary(prune.with_masks(model.cpu()), (1, 3, size, size), verbose=0)
     checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
     run.finish(
         {
-            "stages": stages,
+            "stages": rows,
             "classes": len(source.classes),
             "val_by_class": by_class(val_logits, val[1], source.classes) if val else None,
             "torchinfo_total_params": summary.total_params,
-            "device": models.device_name(setup.device),
-            "peak_memory_mb": models.peak_memory_mb(setup.device),
+            "device": models.device_name(context.device),
+            "peak_memory_mb": models.peak_memory_mb(context.device),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -76,7 +77,7 @@ def write_report(
             },
         }
     )
-    if run.settings["recipe_name"] != "quick" and source.name == "fashion-mnist":
+    if not run.settings["quick"] and source.name == "fashion-mnist":
         record.add_results(result_rows(run))
     pictures(run.folder, model, source, test or val, test_logits if test else val_logits)
 
@@ -93,22 +94,13 @@ def by_class(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[s
 
 
 def result_rows(run: Run) -> list[dict]:
-    """A row for results.csv for the pruned network, or for each that has a budget of its own.
-
-    A run that pruned nothing has one, too, without figures of a pruned network.
-    """
+    """A row for results.csv for each pruned network; for the student if none was pruned."""
     stages = run.record["stages"]
     *teachers, student = (stage for stage in stages if not stage["stage"].startswith("pruned"))
     pruned = stages[len(teachers) + 1 :]
 
-    def files(stage: str) -> str:
-        """As --teacher or --student has them, in this project's folder; else by their names."""
-        here = record.HERE
-        given = run.given(stage)
-        return " ".join(str(p.relative_to(here)) if here in p.parents else p.name for p in given)
-
     def accuracies(name: str, stages: list[dict]) -> dict[str, str]:
-        """The mean, if there are several: of teachers, each alone."""
+        """The mean over `stages`: of several teachers, the mean of their accuracies."""
         columns = {}
         for split in ("val", "test"):
             known = [share for s in stages if (share := s[f"{split}_accuracy"]) is not None]
@@ -118,10 +110,8 @@ def result_rows(run: Run) -> list[dict]:
     return [
         {
             "name": run.record["name"],
-            "recipe": run.settings["recipe_name"],
+            "command": run.command,
             "stem": run.settings["stem"],
-            "teacher": files("teacher"),
-            "student": files("student"),
             "seed": run.settings["seed"],
             "parameters": stage["parameters"],
             **accuracies("teacher", teachers),
@@ -131,7 +121,7 @@ def result_rows(run: Run) -> list[dict]:
             "device": run.record["device"],
             "commit": run.record["commit"],
         }
-        for stage in (pruned if run.settings["recipe"]["budgets"] else stages[-1:])
+        for stage in pruned or [student]
     ]
 
 
@@ -194,8 +184,8 @@ def print_summary(run: Run) -> None:
     if split is None:
         return
     left, chance = stages[-1][split], 1 / run.record["classes"]
-    quick = run.settings["recipe_name"] == "quick"
-    longer = "the recipe cpu" if quick else "a longer recipe"
+    quick = run.settings["quick"]
+    longer = "the full chain" if quick else "a larger --length"
     if left < 2 * chance and chance < 0.3:
         cost = f"the pruned network has collapsed, its accuracy is near chance ({chance:.0%})"
     elif (lost := student[split] - left) > WARN_ACCURACY_DROP:
