@@ -45,9 +45,11 @@ ORDER = [
     "engine/inference",
     "engine/c_source",
     "engine/llvm_source",
+    "engine/threads",
     "engine/plan",
     "checkpoint",
     "engine/rewrite",
+    "engine/layers",
     "models",
     "data",
     "prune",
@@ -127,7 +129,7 @@ def test_the_shipped_weights_reach_the_accuracy_in_the_results(path):
     images, labels = data.load(data.find(data.DEBIAN_DIR), "test")
     engine = inference.SparseResNet(model, meta["image_size"])  # as predict.py has it
     accuracy = models.accuracy(models.infer(engine, images), labels)
-    assert f"{accuracy:.4f}" == tables.row_of(path)["pruned_test"]
+    assert round(accuracy, 4) == tables.row_of(path).pruned_test
 
 
 def test_both_environments_list_the_same_dependencies():
@@ -260,15 +262,12 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
     found = set()
     for document in DOCUMENTS.keys() - {LOG}:
         for code in code_of(document):
-            loop = re.fullmatch(r"for .*; do (.*?)(?:; done)?", code)
-            words = shlex.split((loop[1] if loop else code).replace("$seed", "0"))
-            if words[:1] not in (["uv"], ["python"]) and words[:1] != ["train.py"]:
-                continue
-            at = [
-                i for i, word in enumerate(words) if word.endswith(".py") and words[i - 1] != "-w"
-            ]
-            if at and not FORMER_FLAGS & {*words}:
-                found.add((words[at[0]], tuple(words[at[0] + 1 :])))
+            command = re.sub(r"^for .*; do |; done$", "", code).replace("$seed", "0")
+            if re.match(r"(uv run|python|train\.py) .*", command) and ".py" in command:
+                words = shlex.split(command)
+                at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+                if not {"--help", *FORMER_FLAGS} & {*words}:
+                    found.add((words[at], tuple(words[at + 1 :])))
     return sorted(found)
 
 
