@@ -1,6 +1,6 @@
 """Measure the speed figures of README.md and docs/, side by side on this machine.
 
-    uv run --group bench -m bench.speed                         # 6 minutes on 2 cores
+    uv run --group bench -m bench.speed                         # 10 minutes on 2 cores
     uv run --group bench -m bench.speed --only inference        # one part
     uv run --group bench -m bench.speed --deepsparse ENV/bin/python
 
@@ -427,13 +427,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the images")
     parser.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
     args = parser.parse_args(argv)
+    if args.deepsparse is not None and not args.deepsparse.exists():
+        parser.error(f"--deepsparse {args.deepsparse}: there is no such file")
     if args.only is None:
         return all_parts(sys.argv[1:] if argv is None else argv)
     torch.set_flush_denormal(True)
     warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
     try:
         device = models.choose_device(args.device)
-        machine = {"device": models.device_name(device), "threads": torch.get_num_threads()}
+        name = models.device_name(device)
+        name += f", {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
+        machine = {"device": name, "threads": torch.get_num_threads()}
         figures = MEASURES[args.only](args, device)
     except (OSError, models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"bench/speed.py: {error}", file=sys.stderr)

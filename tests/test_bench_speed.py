@@ -89,3 +89,6 @@ def test_without_deepsparse_there_is_a_reason(tmp_path, short, capsys):
     python = stand_in(tmp_path / "python", "sys.exit('no such module')")
     with pytest.raises(OSError, match="no such module"):
         speed.deepsparse(python, b"")()
+    with pytest.raises(SystemExit):  # not after minutes
+        speed.main(["--deepsparse", str(tmp_path / "absent")])
+    assert "absent: there is no such file" in capsys.readouterr().err

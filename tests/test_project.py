@@ -295,6 +295,8 @@ def newcomers_folder(tmp_path, monkeypatch, wide, tiny_data, shipped_like):
         shutil.copy(weights, copy)
     shutil.copy(tables.RESULTS, tmp_path / "runs")
     (tmp_path / "docs").mkdir()
+    (tmp_path / "deepsparse" / "bin").mkdir(parents=True)
+    (tmp_path / "deepsparse" / "bin" / "python").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -64,3 +64,37 @@ def test_a_hundred_classes_can_be_read(monkeypatch):
     assert [label.get_text() for label in labels] == names
     boxes = [label.get_window_extent() for label in labels]
     assert all(a.y0 >= b.y1 for a, b in itertools.pairwise(boxes))  # none on the next
+
+
+def test_sizes_has_a_line_for_several_budgets_and_a_star_for_several_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    results = tmp_path / "results.csv"
+    rows = [
+        *(
+            f"ladder-seed0,train.py --budget,4,0,{n},0.92,0.9{n // 10_000}"
+            for n in (20_000, 50_000)
+        ),
+        *(f"three-seed{seed},train.py,4,{seed},100000,0.92,0.93{seed}" for seed in (0, 2, 4)),
+        "one-seed0,train.py --imagenet,4,0,100000,0.92,0.95",
+        *(f"dense-seed{seed},train.py --no-prune,2,{seed},11173962,0.94," for seed in (0, 1)),
+    ]
+    header = "name,command,stem,seed,parameters,student_test,pruned_test"
+    results.write_text("\n".join([header, *rows]))
+    axes = plots.sizes(results).axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[:3] == [
+        "ours, ladder: 95.00% at 50,000, 1 seed",
+        "ours, dense: 94.00% at 11,173,962, 2 seeds",
+        "ours, three: 93.20% at 100,000, 3 seeds",
+    ]
+    assert len(labels) == 3 + len(plots.KINDS)
+
+
+def test_figures_of_the_first_release_are_hollow(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    results = tmp_path / "results.csv"
+    results.write_text("name,command,stem,seed,parameters,student_test,pruned_test\n")
+    axes = plots.sizes(results).axes[0]
+    drawn = {line.get_ydata()[0]: line.get_markerfacecolor() for line in axes.get_lines()}
+    for _, accuracy, kind, *_ in plots.PUBLISHED:
+        assert (drawn[accuracy] == "white") == (kind == "first")
