@@ -61,7 +61,7 @@ def drawn(tiny, monkeypatch) -> None:
 @pytest.fixture
 def wide(monkeypatch, tmp_path, tiny_data) -> list[str]:
     """train.main's flags for a run on the tiny images: every stage, a few steps, tmp_path/runs."""
-    monkeypatch.setitem(train.RECIPES, "quick", shrunk.RECIPE)
+    monkeypatch.setattr(train, "QUICK", shrunk.CHAIN)
     monkeypatch.setattr(record, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results.csv")
     monkeypatch.setattr(data, "VALIDATION", shrunk.VALIDATION)

@@ -1,7 +1,7 @@
 """Other people's images, in small: makes sets of 1,000 to 2,000 images and trains on each.
 
     uv run --with scikit-learn tests/small_sets.py                        # about 5 minutes a set
-    uv run --with scikit-learn tests/small_sets.py digits --recipe cpu    # 23 minutes, 2 cores
+    uv run --with scikit-learn tests/small_sets.py digits --full    # the full chain
 
 The images are made in data/small/, in the layout of one's own images; the runs are in runs/ and go
 on where they were stopped. Prints the rows of the README's table, which has the sets of `SETS`.

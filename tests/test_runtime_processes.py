@@ -85,9 +85,9 @@ def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "world_size", lambda: 3)
     assert train.main(tiny) == 2
     assert "3 processes cannot share batches of 16 equally" in capsys.readouterr().err
-    # The recipe's batches could be shared, but shrink for 160 images.
-    recipe = replace(train.RECIPES["quick"], images=None, batch_size=256)
-    monkeypatch.setitem(train.RECIPES, "quick", recipe)
+    # Batches of 256 could be shared, but they shrink for 160 images.
+    batches = replace(shrunk.CHAIN.batches, images=None, batch_size=256)
+    monkeypatch.setattr(train, "QUICK", replace(shrunk.CHAIN, batches=batches))
     monkeypatch.setattr(runtime, "world_size", lambda: 64)
     assert train.main(tiny) == 2
     assert "64 processes cannot share batches of 32 equally" in capsys.readouterr().err
