@@ -22,10 +22,10 @@ def shares(val, test):
     ("student", "pruned", "quick", "warning"),
     [
         (shares(0.98, 0.9), shares(0.87, 0.9), True,
-         "pruning has cost 11.0 points on validation: the dense student has 98.0%, 9 parameters "
+         "pruning has cost 11.0 points on validation: the unpruned student has 98.0%, 9 parameters "
          "have 87.0%; a larger --budget or the full chain may help"),
         (shares(None, 0.98), shares(None, 0.95), False,
-         "pruning has cost 3.0 points on test: the dense student has 98.0%, 9 parameters have "
+         "pruning has cost 3.0 points on test: the unpruned student has 98.0%, 9 parameters have "
          "95.0%; a larger --budget or a larger --length may help"),
         (shares(0.98, 0.98), shares(0.1, 0.1), False,
          "the pruned network has collapsed, its accuracy is near chance (10%); a larger --budget "
