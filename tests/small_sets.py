@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: {(time.perf_counter() - began) / 60:.1f} minutes from start to end")
         rows.append(row(name, place, record.RUNS / run))
     print(
-        "\n| set | images, training + test | classes | size | unpruned student | 100,000 | minutes |"
+        "\n| set | images, training + test | classes | size | unpruned | 100,000 | minutes |"
     )
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
