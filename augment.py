@@ -1,6 +1,6 @@
-"""Batches of images, cropped, erased in part and mixed: pure functions of a batch.
+"""Augmentation on the device: random crops, flips, erasing, mixup as pure functions of a batch.
 
-They run where the batch lives, and all randomness comes from the generator passed in.
+They run on the device of the batch; all randomness comes from the generator passed in.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 
 def batches(n: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:
-    """Shuffled index batches of equal size; the remainder of n is left to other epochs."""
+    """Shuffled index batches of equal size; the remainder of n is left out of this epoch."""
     order = torch.randperm(n, generator=generator, device=generator.device)
     return iter(order[: n - n % batch_size].split(batch_size))
 
@@ -19,10 +19,10 @@ def batches(n: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:
 def crop_boxes(
     n: int, size: int, generator: Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
-    """`n` boxes (top, left, height, width), int64 (n, 4), drawn as torchvision's RandomResizedCrop.
+    """`n` boxes (top, left, height, width), int64 (n, 4), as torchvision's RandomResizedCrop draws.
 
-    Area uniform in `scale`, aspect ratio log-uniform in `ratio`, ten tries for a box that fits,
-    then the whole (square) image of `size` pixels a side.
+    The area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. The first of ten boxes
+    that fits is used, or, if none does, the whole (square) image of `size` pixels a side.
     """
     device = generator.device
     u, v, top, left = torch.rand(4, 10, n, generator=generator, device=device)
@@ -68,7 +68,7 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = False,
 ) -> Tensor:
-    """RandomResizedCrop with a box of its own for each (square) image; `flip` mirrors every second.
+    """RandomResizedCrop with its own box for each (square) image; `flip` mirrors each with p = 0.5.
 
     Shapes and dtypes as in `resized_crop`.
     """
@@ -81,11 +81,11 @@ def random_resized_crop(
 def mixup(
     images: Tensor, targets: Tensor, alpha: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """mixup (arXiv 1710.09412): blend each image and target with its neighbour in the batch.
+    """mixup (arXiv 1710.09412): blend each image and target with its neighbor in the batch.
 
     `images` float (N, ...), `targets` float (N, classes), whose rows sum to 1. Each pair has its
-    own weight, drawn from Beta(alpha, alpha); alpha 0 leaves the batch as it is. Batches are
-    shuffled, so a neighbour is a random partner.
+    own weight from Beta(alpha, alpha); alpha 0 returns the batch unchanged. Batches are shuffled,
+    so the neighbor is a random partner.
     """
     if alpha == 0:
         return images, targets
@@ -104,17 +104,17 @@ def mixup(
 
 def random_erasing(
     images: Tensor,
-    share: float,
+    probability: float,
     generator: Generator,
     scale: tuple[float, float] = (0.02, 0.25),
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Tensor:
-    """Random erasing (arXiv 1708.04896): noise in place of a rectangle in a `share` of the images.
+    """Random erasing (arXiv 1708.04896): a rectangle of noise, in each image with `probability`.
 
     `images` float (N, H, W) or (N, C, H, W) in 0..255, square. Rectangles are drawn as by
     `crop_boxes`, their pixels uniformly.
     """
-    if share == 0:
+    if probability == 0:
         return images
     n, size, device = len(images), images.shape[-1], generator.device
     boxes = crop_boxes(n, size, generator, scale, ratio).T[:, :, None]
@@ -122,7 +122,7 @@ def random_erasing(
     pixel = torch.arange(size, device=device)
     rows = (top <= pixel) & (pixel < top + height)
     columns = (left <= pixel) & (pixel < left + width)
-    chosen = torch.rand(n, 1, 1, generator=generator, device=device) < share
+    chosen = torch.rand(n, 1, 1, generator=generator, device=device) < probability
     erased = rows[:, :, None] & columns[:, None] & chosen
     if images.dim() == 4:
         erased = erased[:, None]

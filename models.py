@@ -1,4 +1,4 @@
-"""Teacher and student as torchvision defines them, and the one inference path."""
+"""torchvision's ResNets with stems for small images, and the one inference path."""
 
 import contextlib
 import importlib
@@ -17,8 +17,11 @@ except ImportError:  # Windows has none
 
 
 def _import_torchvision() -> types.ModuleType:
-    """torchvision, whose operators for detection import all of torch.compile, half of a script's
-    start, to ask one question; here they do so when they ask it."""
+    """Import torchvision without torch._dynamo, which takes half of a script's start.
+
+    torchvision's detection operators import it only to call is_compile_supported(); a stub module
+    defers that import until the call.
+    """
 
     def is_compile_supported(device_type: str) -> bool:
         return importlib.import_module("torch._dynamo.utils").is_compile_supported(device_type)
@@ -29,7 +32,7 @@ def _import_torchvision() -> types.ModuleType:
         package.utils, utils.is_compile_supported = utils, is_compile_supported
         sys.modules.update(zip(names, (package, utils), strict=True))
         try:
-            with contextlib.suppress(ImportError, AttributeError):  # it asks for more: so be it
+            with contextlib.suppress(ImportError, AttributeError):  # if it needs more: import all
                 return importlib.import_module("torchvision")
         finally:
             for name in names:
@@ -49,7 +52,7 @@ class DeviceError(Exception):
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device named, or for "auto" the best there is. Raises DeviceError if it is not there."""
+    """The device by its name, or for "auto" the best there is. Raises DeviceError if missing."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -71,8 +74,8 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> int | None:
-    """Most memory that this process has used: the GPU's, or, without one, the machine's (None if
-    the system does not tell)."""
+    """The peak memory of this process: the GPU's, or, without one, the machine's (None if the
+    system does not report it)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6)
     if resource is None:
@@ -82,7 +85,7 @@ def peak_memory_mb(device: torch.device) -> int | None:
 
 
 def bf16_is_faster(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bf16 clearly faster than in fp32: measured."""
+    """Whether the device multiplies matrices clearly faster in bf16 than in fp32 (measured)."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -102,14 +105,14 @@ def bf16_is_faster(device: torch.device) -> bool:
 
 
 def build(arch: str, num_classes: int, imagenet: bool = False, stem: int = 4) -> nn.Module:
-    """A freshly initialised torchvision ResNet.
+    """A newly initialized torchvision ResNet.
 
-    `stem` is the total stride of its first layers. 4: torchvision's, a convolution of 7x7 with
-    stride 2 and a max-pool. For small images, 2: a convolution of 3x3 with stride 1 and the
-    max-pool, so that all maps have twice the side; 1: without the max-pool, four times the side.
-    `imagenet` starts from torchvision's weights, but for the classifier and a stem that is not
-    torchvision's. Raises ValueError for an unknown `arch` or `stem`, OSError if the weights are
-    neither cached nor can be downloaded.
+    `stem` is the total stride of its stem. 4: torchvision's, a 7x7 convolution of stride 2 and a
+    max-pool. For small images, 2: a 3x3 convolution of stride 1 and the max-pool, so that all
+    feature maps have twice the side; 1: without the max-pool, four times the side. `imagenet`
+    loads torchvision's weights, except for the classifier and a stem that is not torchvision's.
+    Raises ValueError for an unknown `arch` or `stem`, OSError if the weights are neither cached
+    nor can be downloaded.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}, expected one of {ARCHITECTURES}")
@@ -129,10 +132,10 @@ def build(arch: str, num_classes: int, imagenet: bool = False, stem: int = 4) ->
 
 
 def normalize(images: Tensor) -> Tensor:
-    """What the networks take: [-1, 1] (mean 0.5, std 0.5), three channels, channels_last.
+    """The networks' input: in [-1, 1] (mean 0.5, std 0.5), three channels, channels_last.
 
-    `images`: (N, H, W) grey or (N, 3, H, W) colour, any dtype, in 0..255.
-    Returns float32 (N, 3, H, W); grey images become three equal channels.
+    `images`: (N, H, W) gray or (N, 3, H, W) color, any dtype, in 0..255.
+    Returns float32 (N, 3, H, W); gray images become three equal channels.
     """
     if images.dim() == 3:
         images = images.unsqueeze(1)
@@ -146,9 +149,9 @@ def infer(
 ) -> Tensor:
     """Logits, float32 (N, classes), of a model in eval mode; `images_u8` as in `normalize`.
 
-    `batch_size`: 250, but fewer for images of more than 64 pixels a side, for the memory that the
-    maps between the layers need. `tta` averages the logits of each image and its mirror image. The
-    model's dtype decides the precision; accuracies that are reported come from fp32 weights.
+    `batch_size`: by default 250, fewer for images of more than 64 pixels a side, because of the
+    memory of the feature maps. `tta` averages the logits of each image and its mirror image. The
+    model's dtype decides the precision; reported accuracies are from fp32 weights.
     """
     model.eval()
     if batch_size is None:
@@ -164,7 +167,7 @@ def infer(
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows of `logits` (N, classes) whose largest entry is at `labels` (N,), in 0..1."""
+    """Fraction of rows of `logits` (N, classes) that are largest at `labels` (N,), in 0..1."""
     return (logits.argmax(1) == labels.to(logits.device)).sum().item() / len(labels)
 
 

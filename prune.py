@@ -1,8 +1,8 @@
-"""The parameter budget: what counts, what can matter, and masks that hit the number exactly.
+"""The parameter budget: the count, the reachable weights, and masks that meet the budget exactly.
 
-Counted is what torchinfo prints as "Total params" while `torch.nn.utils.prune` masks are on the
-model: the weights of convolutions and linear layers that were kept, and every other parameter
-(BatchNorm weights and biases, linear biases). Buffers such as running statistics do not count.
+The count is what torchinfo prints as "Total params" while `torch.nn.utils.prune` masks are on the
+model: the unpruned weights of convolutions and linear layers, and every other parameter (BatchNorm
+weights and biases, linear biases). Buffers such as running statistics do not count.
 """
 
 import copy
@@ -21,7 +21,7 @@ class BudgetError(ValueError):
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What can be pruned, by name: the weights of all convolutions and linear layers."""
+    """The prunable parameters by name: the weights of all convolutions and linear layers."""
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
@@ -42,10 +42,11 @@ def count_fixed(model: nn.Module) -> int:
 
 
 def merge_grey_input_(model: nn.Module) -> None:
-    """Move the first convolution's weights into its first input channel; the others become zero.
+    """Sum the first convolution's weights over its input channels into the first; the others become
+    zero.
 
-    Grey images enter as equal channels, so no output changes (up to rounding), and two thirds of
-    the weights are freed.
+    Gray images have three equal channels, so the output stays the same up to rounding, and two
+    thirds of the weights are no longer needed.
     """
     first = next(weight for weight in weights(model).values() if weight.dim() == 4)
     with torch.no_grad():
@@ -53,33 +54,34 @@ def merge_grey_input_(model: nn.Module) -> None:
         first[:, 1:] = 0
 
 
-def apply_width_(model: nn.Module, share: float) -> None:
-    """Zero all but this share of each layer's channels, the first, in a new network.
+def apply_width_(model: nn.Module, width: float) -> None:
+    """Make a new network narrower: zero all but the first `width` of each layer's channels.
 
-    What is left is a narrower network (in multiples of 8 channels), initialised as such. Its
-    products cost about the square of the share, as training leaves the other channels out
-    (`rewrite.trim_channels_`); their BatchNorm still counts.
+    The rest is a network with fewer channels (a multiple of 8, at least 8), initialized as such
+    (He et al., arXiv 1502.01852). Training leaves the zero channels out of its computation
+    (`rewrite.trim_channels_`), so that a step costs about width^2; their BatchNorm parameters still
+    count.
     """
-    if share == 1:
+    if width == 1:
         return
     with torch.no_grad():
         for weight in weights(model).values():
-            outputs, inputs = (round(share * n / 8) * 8 for n in weight.shape[:2])
+            outputs, inputs = (max(1, round(width * n / 8)) * 8 for n in weight.shape[:2])
             if weight.dim() == 4:
                 weight[outputs:] = 0
             if weight.shape[1] > 3:  # not the image
                 weight[:, inputs:] = 0
-            weight.div_(share**0.5)  # He et al., arXiv 1502.01852
+            weight.div_(width**0.5)
 
 
 def path_gradients(model: nn.Module, values: dict[str, Tensor], image_size: int, grey: bool):
-    """How strongly each weight lies on paths from an input pixel to a logit; 0 means on none.
+    """For each weight, the gradient of the summed logits; positive if it is on a path from an input
+    pixel to a logit, else 0.
 
-    The network is run with the non-negative `values` for its weights (by name), BatchNorm left
-    out and means for maxima, on an image of ones: no term can cancel, so the gradient of the
-    summed logits at a weight is positive exactly if all other links of some path through it are
-    (cf. SynFlow, arXiv 2006.05467). Returns float64 tensors by name, on the CPU unless the model is
-    on a GPU of CUDA's.
+    The network is run on an image of ones with the non-negative `values` as its weights (by name),
+    without BatchNorm and with average pooling for max-pooling. No term can cancel, so the gradient
+    is positive exactly if all other weights of some path through the weight are (cf. SynFlow, arXiv
+    2006.05467). Returns float64 tensors by name, on the CPU unless the model is on a CUDA GPU.
     """
     device = next(model.parameters()).device
     if device.type != "cuda":
@@ -104,17 +106,17 @@ def path_gradients(model: nn.Module, values: dict[str, Tensor], image_size: int,
 
 
 def reachable(model: nn.Module, masks: Masks, image_size: int, grey: bool) -> Masks:
-    """The masked weights that can matter: those on a path of masked weights from input to logit.
+    """The weights of `masks` that are on a path of such weights from an input pixel to a logit.
 
-    Left out are kernel taps that only ever meet padding, input channels that grey images leave
-    empty, filters whose output nobody reads, and weights that read channels with no input.
+    All others cannot change an output: kernel positions that only see padding, input channels that
+    are merged for gray images, filters whose output is unused, weights of channels without input.
     """
     gradients = path_gradients(model, masks, image_size, grey)
     return {name: mask & (gradients[name] > 0).to(mask.device) for name, mask in masks.items()}
 
 
 def all_reachable(model: nn.Module, image_size: int, grey: bool) -> Masks:
-    """Masks of all weights that can matter in the dense network; where pruning starts."""
+    """Masks of all reachable weights of the unpruned network, where pruning starts."""
     dense = {name: torch.ones_like(weight, dtype=bool) for name, weight in weights(model).items()}
     return reachable(model, dense, image_size, grey)
 
@@ -153,13 +155,14 @@ def budget_range(model: nn.Module, image_size: int, grey: bool) -> tuple[int, in
 
 
 def choose_masks(model: nn.Module, masks: Masks, budget: int, image_size: int, grey: bool) -> Masks:
-    """Masks, within `masks`, that leave exactly `budget` parameters, all of them useful.
+    """Subsets of `masks` that leave exactly `budget` parameters, all of them reachable.
 
-    Kept are the floors (see `core`) and then the largest magnitudes over all layers. Such a choice
-    can leave weights on no path; they make room for the largest of those weights that a path lacks
-    only itself. (If even these are too few, which takes magnitudes unlike any trained network's,
-    the first choice stands.) Raises BudgetError if `budget` leaves no room for the floors, or asks
-    for more than there is.
+    Start from the per-layer minimum (`protected`) and the largest magnitudes over all layers. Some
+    of these weights may be disconnected (on no path from input to logit). Drop them, refill with
+    the largest weights that complete a path on their own, and repeat until none is disconnected. If
+    there are too few such weights, which takes magnitudes unlike any trained network's, the
+    selection stays as it is. Raises BudgetError if `budget` is below the per-layer minimum or above
+    the number of reachable parameters.
     """
     keep = budget - count_fixed(model)
     magnitudes = {name: weight.detach().abs() for name, weight in weights(model).items()}
@@ -178,16 +181,16 @@ def choose_masks(model: nn.Module, masks: Masks, budget: int, image_size: int, g
 
 
 def _largest(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
-    """Mask of the `n` highest-scoring candidates, or of all if they are fewer. `scores` >= 0."""
+    """Mask of the `n` highest-scoring candidates, or of all if there are fewer. `scores` >= 0."""
     scores = scores.masked_fill(~candidates, -1).flatten()
     chosen = torch.zeros_like(scores, dtype=bool)
     n = min(n, int(candidates.sum()))
-    chosen[scores.topk(n).indices] = True  # indices, not a threshold: ties cannot miscount
+    chosen[scores.topk(n).indices] = True  # indices, not a threshold, because of ties
     return chosen.view_as(candidates)
 
 
 def _fill(scores: dict[str, Tensor], kept: Masks, candidates: Masks, keep: int) -> Masks:
-    """`kept` and, over all tensors, the highest-scoring candidates that make it `keep` weights."""
+    """`kept`, and the highest-scoring candidates over all tensors up to `keep` weights."""
     scores = torch.cat([scores[name].flatten() for name in kept])
     flat_kept = torch.cat([mask.flatten() for mask in kept.values()])
     flat_candidates = torch.cat([candidates[name].flatten() for name in kept]) & ~flat_kept
@@ -201,7 +204,7 @@ def _fill(scores: dict[str, Tensor], kept: Masks, candidates: Masks, keep: int) 
 
 
 def apply_(model: nn.Module, masks: Masks) -> None:
-    """Set what is pruned to zero, and kept weights that are exactly zero to something tiny.
+    """Set pruned weights to zero, and kept weights that are exactly 0.0 to 1e-12.
 
     A kept weight of 0.0 would be missing in `count` and in the file; 1e-12 changes no output.
     """
@@ -211,13 +214,13 @@ def apply_(model: nn.Module, masks: Masks) -> None:
             weight.masked_fill_(~masks[name], 0)
 
 
-def geometric_schedule(start: int, budget: int, cuts: int) -> list[int]:
-    """`cuts` shrinking budgets from below `start` to exactly `budget`, each the same share off."""
-    return [round(start * (budget / start) ** (cut / cuts)) for cut in range(1, cuts + 1)]
+def geometric_schedule(start: int, budget: int, steps: int) -> list[int]:
+    """Budgets of `steps` pruning steps from `start` to exactly `budget`, by equal factors."""
+    return [round(start * (budget / start) ** (step / steps)) for step in range(1, steps + 1)]
 
 
 def with_masks(model: nn.Module) -> nn.Module:
-    """A copy with `torch.nn.utils.prune` masks on whatever is not zero, as torchinfo counts it."""
+    """A copy with `torch.nn.utils.prune` masks for its zeros, so that torchinfo counts the rest."""
     from torch.nn.utils import prune as torch_prune
 
     model = copy.deepcopy(model)

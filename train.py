@@ -88,7 +88,7 @@ def stages_of(settings: dict, largest: int) -> list[Stage]:
         stages.append(
             Stage("teacher", "resnet50", *teacher, trainings["teacher"], 0, "teacher.pth")
         )
-    if not settings["student_files"]:
+    if settings["student_from"] == "trained":
         stages.append(Stage("student", *student, trainings["student"], 1, "student.pth"))
     training, budgets, start = trainings["pruned"], settings["budgets"], largest
     for n, budget in enumerate(budgets):
@@ -350,8 +350,8 @@ def check(
     (_, labels), _ = data.load_train(source, args.full_train)
     if data.has_split(source, "test"):
         data.load(source, "test")
-    teachers = [] if args.teacher in (None, ["none"]) else [Path(file) for file in args.teacher]
-    given = {"teacher": teachers, "student": [args.student] if args.student else []}
+    teachers = [] if args.teacher in (None, ["none"]) else args.teacher
+    given = {"teacher": [*map(Path, teachers)], "student": [args.student] * bool(args.student)}
     loaded = {
         path: check_given(f"--{stage}", path, source) for stage in given for path in given[stage]
     }
@@ -363,37 +363,12 @@ def check(
             raise UsageError(
                 f"--student {args.student}: a {arch} of --stem {stem}, not a resnet18{wanted}"
             )
-    chain = QUICK if args.quick else CHAIN
-    length = 1.0 if args.quick else args.length or LENGTH.get(device.type, 1.0)
-    trainings = {name: getattr(chain, name) for name in STAGES}
-    trainings = {
-        n: replace(t, epochs=max(1, round(t.epochs * length))) for n, t in trainings.items()
-    }
-    width = 1.0 if args.imagenet or args.student else args.width or chain.width or WIDTH[stem]
-    budgets = [] if args.no_prune else sorted(args.budget or [100_000], reverse=True)
-    settings = {
-        **{name: asdict(training) for name, training in trainings.items()},
-        "batches": asdict(chain.batches),
-        "quick": args.quick,
-        "length": length,
-        "stem": stem,
-        "width": width,
-        "budgets": budgets,
-        "seed": args.seed,
-        "teacher_from": "given" if teachers else "none" if args.teacher else "trained",
-        "teacher_files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in teachers],
-        "student_files": [
-            hashlib.sha256(path.read_bytes()).hexdigest() for path in given["student"]
-        ],
-        "imagenet": args.imagenet,
-        "full_train": args.full_train,
-        "flip": source.name in data.FLIPPABLE and not args.no_flip,
-        "dataset": source.name,
-        "image_size": source.image_size,
-        "grey": source.grey,
-        "classes": list(source.classes),
-        "files": data.digest(source),
-    }
+    settings = chain_settings(args, source, device, stem)
+    for stage, files in given.items():
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+        settings[f"{stage}_files"] = digests
+    settings["files"] = data.digest(source)
+    budgets, batches = settings["budgets"], Batches(**settings["batches"])
     try:
         probe = models.build("resnet18", len(source.classes), args.imagenet, stem)
     except OSError as error:
@@ -401,7 +376,7 @@ def check(
     with torch.no_grad():
         for weight in prune.weights(probe).values():
             weight.fill_(1)  # a random one can be 0.0, and the schedule would differ next time
-    prune.apply_width_(probe, width)
+    prune.apply_width_(probe, settings["width"])
     smallest, largest = prune.budget_range(probe, source.image_size, source.grey)
     for budget in budgets:
         if not smallest <= budget <= largest:
@@ -416,12 +391,45 @@ def check(
                 f"--student {args.student}: has {left:,} parameters, fewer than --budget "
                 f"{max(budgets)}"
             )
-    batch_size, _, _ = distill.batch_layout(len(labels[: chain.batches.images]), chain.batches)
+    batch_size, _, _ = distill.batch_layout(len(labels[: batches.images]), batches)
     if batch_size % runtime.world_size():
         raise UsageError(
             f"{runtime.world_size()} processes cannot share batches of {batch_size} equally"
         )
     return settings, given, largest
+
+
+def chain_settings(
+    args: argparse.Namespace, source: data.Source, device: torch.device, stem: int
+) -> dict:
+    """All that decides what is trained, but for the given weights files and the images."""
+    chain = QUICK if args.quick else CHAIN
+    length = 1.0 if args.quick else args.length or LENGTH.get(device.type, 1.0)
+    stages = {name: getattr(chain, name) for name in STAGES}
+    stages = {n: replace(t, epochs=max(1, round(t.epochs * length))) for n, t in stages.items()}
+    whole = args.imagenet or args.student
+    teacher_from = "given" if args.teacher else "trained"
+    if args.teacher == ["none"]:
+        teacher_from = "none"
+    return {
+        **{name: asdict(training) for name, training in stages.items()},
+        "batches": asdict(chain.batches),
+        "quick": args.quick,
+        "length": length,
+        "stem": stem,
+        "width": 1.0 if whole else args.width or chain.width or WIDTH[stem],
+        "budgets": [] if args.no_prune else sorted(args.budget or [100_000], reverse=True),
+        "seed": args.seed,
+        "teacher_from": teacher_from,
+        "student_from": "given" if args.student else "trained",
+        "imagenet": args.imagenet,
+        "full_train": args.full_train,
+        "flip": source.name in data.FLIPPABLE and not args.no_flip,
+        "dataset": source.name,
+        "image_size": source.image_size,
+        "grey": source.grey,
+        "classes": list(source.classes),
+    }
 
 
 def check_given(flag: str, path: Path, source: data.Source) -> tuple[nn.Module, dict]:

@@ -128,7 +128,7 @@ def _restore_channels_(layer: nn.Module, dim: int) -> None:
         shape = (*tensor.shape[:dim], len(there), *tensor.shape[dim + 1 :])
         one = isinstance(layer, nn.BatchNorm2d) and name in ("weight", "running_var")
         new = tensor.new_full(shape, float(one))
-        new[(slice(None),) * dim + (there,)] = tensor
+        new[(slice(None),) * dim + (there.to(new.device),)] = tensor
         return new
 
     _each_tensor_(layer, dim, whole)

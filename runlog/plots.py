@@ -28,7 +28,7 @@ def curves(metrics: Path) -> bytes:
     for column, color, label in (
         ("train_accuracy", "tab:gray", "training batches"),
         ("val_accuracy", "tab:blue", "validation"),
-        ("val_accuracy_average", "tab:orange", "validation, averaged weights"),
+        ("val_accuracy_average", "tab:orange", "validation, EMA of the weights"),
     ):
         for _, part in rows.groupby("stage", sort=False):  # a line for each network
             top.plot(part.index + 1, 100 * part[column], color=color, label=label)
@@ -128,11 +128,11 @@ def sizes(results: Path) -> bytes:
 
 
 def layers(kept: dict[str, int], live: dict[str, int]) -> bytes:
-    """Weights that are left in each layer, before those that could matter in the dense network."""
+    """Weights that are left in each layer, before those that reachable in the dense network."""
     names = [name.removesuffix(".weight") for name in kept]
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     rows = range(len(names))
-    axes.barh(rows, list(live.values()), color="tab:gray", alpha=0.35, label="could matter")
+    axes.barh(rows, list(live.values()), color="tab:gray", alpha=0.35, label="reachable")
     axes.barh(rows, list(kept.values()), color="tab:green", label="kept")
     for row, n in zip(rows, kept.values(), strict=True):
         axes.annotate(f"{n:,}", (n, row), (4, 0), textcoords="offset points", va="center",

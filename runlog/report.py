@@ -1,4 +1,4 @@
-"""What a finished run leaves to be read: record, summary, a row of results, pictures, the table."""
+"""The report of a finished run: record, torchinfo summary, a row of results, plots, the table."""
 
 import functools
 import math
@@ -132,9 +132,10 @@ def pictures(
     shown: Labelled | None,
     logits: Tensor | None,
 ) -> None:
-    """Curves, layers and, of the images `shown` with these `logits`, confusion and mistakes.
+    """Write the plots: curves, layers and, for the images `shown` and their `logits`, confusion and
+    mistakes.
 
-    After the record: what cannot be drawn is said, and keeps no run from its end.
+    They come after the record: a plot that cannot be drawn is a warning, not an error.
     """
     live = prune.all_reachable(model, source.image_size, source.grey)
     kept = {name: int(w.count_nonzero()) for name, w in prune.weights(model).items()}
@@ -150,14 +151,14 @@ def pictures(
     for name, draw in drawings.items():
         try:
             checkpoint.write(folder / f"{name}.png", draw())
-        except Exception as error:  # whatever a picture fails on
+        except Exception as error:  # whatever a plot fails on
             print(f"train.py: warning: {name}.png could not be drawn ({error})", file=sys.stderr)
 
 
 def print_summary(run: Run) -> None:
-    """The table at the end, and a warning if pruning has cost too much.
+    """Print the table at the end, and a warning if pruning has cost too much accuracy.
 
-    Compared with the dense student on validation, or without validation images on test.
+    The comparison is with the unpruned student on validation, or without validation images on test.
     """
 
     def percent(share: float | None) -> str:
@@ -191,7 +192,7 @@ def print_summary(run: Run) -> None:
     elif (lost := student[split] - left) > WARN_ACCURACY_DROP:
         where = "validation" if split == "val_accuracy" else "test"
         cost = (
-            f"pruning has cost {100 * lost:.1f} points on {where}: the dense student has "
+            f"pruning has cost {100 * lost:.1f} points on {where}: the unpruned student has "
             f"{student[split]:.1%}, {stages[-1]['parameters']:,} parameters have {left:.1%}"
         )
     else:

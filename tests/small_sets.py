@@ -1,10 +1,10 @@
-"""Other people's images, in small: makes sets of 1,000 to 2,000 images and trains on each.
+"""Custom data sets: makes sets of 1,000 to 2,000 images and trains on each.
 
-    uv run --with scikit-learn tests/small_sets.py                        # about 5 minutes a set
-    uv run --with scikit-learn tests/small_sets.py digits --recipe cpu    # 23 minutes, 2 cores
+    uv run --with scikit-learn tests/small_sets.py                  # --quick, about 5 minutes a set
+    uv run --with scikit-learn tests/small_sets.py digits --full    # the full chain
 
-The images are made in data/small/, in the layout of one's own images; the runs are in runs/ and go
-on where they were stopped. Prints the rows of the README's table, which has the sets of `SETS`.
+The images are made in data/small/, in the layout of a custom data set; the runs are in runs/ and
+resume where they were stopped. Prints the rows of the table in docs/own-images.md.
 """
 
 import argparse
@@ -163,16 +163,16 @@ def make(name: str, folder: Path) -> Path:
 
 
 def row(name: str, place: Path, run: Path) -> str:
-    """A row of the README's table: what was trained on, and accuracies on its test images."""
+    """A row of the table: the data set, and accuracies on its test images."""
     known = json.loads((run / "run.json").read_text())
     images = {split: len(data.image_files(place / split)) for split in ("train", "test")}
     first = data.image_files(place / "train")[0]
     with Image.open(first) as image:
         size = f"{image.width}x{image.height}{'' if image.mode == 'L' else ', colour'}"
     by_stage = {stage["stage"]: stage["test_accuracy"] for stage in known["stages"]}
-    recipe = known["settings"]["recipe_name"]
+    command = "train.py --quick" if known["settings"]["quick"] else "train.py"
     return (
-        f"| {name}, `{recipe}` | {images['train']:,} + {images['test']:,} | {known['classes']} | "
+        f"| {name}, `{command}` | {images['train']:,} + {images['test']:,} | {known['classes']} | "
         f"{size} | {by_stage['student']:.1%} | {known['stages'][-1]['test_accuracy']:.1%} | "
         f"{known['minutes']:.0f} |"
     )
@@ -181,19 +181,21 @@ def row(name: str, place: Path, run: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sets", nargs="*", default=list(SETS), metavar="SET", help=", ".join(SETS))
-    parser.add_argument("--recipe", choices=train.RECIPES, default="quick", help="default: quick")
+    parser.add_argument("--full", action="store_true", help="the full chain instead of --quick")
     args = parser.parse_args(argv)
     rows = []
     for name in args.sets:
-        place, run = make(name, data.CACHE_DIR / "small"), f"{args.recipe}-{name}-seed0"
-        flags = ["--data", str(place), "--recipe", args.recipe, "--name", run, *SETS[name][1]]
+        place = make(name, data.CACHE_DIR / "small")
+        run = f"{'full' if args.full else 'quick'}-{name}-seed0"
+        flags = ["--data", str(place), "--name", run, *SETS[name][1]]
+        flags += [] if args.full else ["--quick"]
         began = time.perf_counter()
         if code := train.main(flags):
             return code
         print(f"{name}: {(time.perf_counter() - began) / 60:.1f} minutes from start to end")
         rows.append(row(name, place, record.RUNS / run))
     print(
-        "\n| set | images, training + test | classes | size | dense student | 100,000 | minutes |"
+        "\n| set | images, training + test | classes | size | unpruned | 100,000 | minutes |"
     )
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))

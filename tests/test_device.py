@@ -19,6 +19,7 @@ import checkpoint
 import distill
 import models
 import train
+from runlog import estimate
 
 FAR = torch.device("meta")  # whose name PyTorch lets pass anywhere, without a driver
 FAR_GENERATORS: set[int] = set()
@@ -105,7 +106,7 @@ def far(monkeypatch):
     # Inference tensors cannot be views of others' values.
     monkeypatch.setattr(models, "infer", torch.no_grad()(models.infer.__wrapped__))
     monkeypatch.setattr(distill.Context, "autocast", lambda self: contextlib.nullcontext())
-    for module in (distill, train):
+    for module in (distill, estimate):
         monkeypatch.setattr(module, "Generator", FarGenerator)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # keeps FarTensor's type
     with Far():
@@ -139,8 +140,8 @@ def test_the_whole_chain_on_another_device_than_the_cpu(far, tiny, tmp_path, mon
             raise KeyboardInterrupt
         return step(self, images, targets, teacher, rate)
 
-    recipe = replace(shrunk.RECIPE, pruned=shrunk.RECIPE.pruned[:1], images=32)
-    monkeypatch.setitem(train.RECIPES, "quick", recipe)
+    batches = replace(shrunk.CHAIN.batches, images=32)
+    monkeypatch.setattr(train, "QUICK", replace(shrunk.CHAIN, batches=batches))
     monkeypatch.setattr(distill.TrainState, "step", spy)
     assert train.main(tiny) == 130
     assert train.main(tiny) == 0

@@ -2,6 +2,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+import tiny as shrunk
 import torch
 import torch.nn.functional as F
 from torch import Generator
@@ -14,7 +15,7 @@ import prune
 import train
 from engine import plan
 
-SETUP = distill.Context(torch.device("cpu"), bf16=False, image_size=28, grey=True)
+CONTEXT = distill.Context(torch.device("cpu"), bf16=False, image_size=28, grey=True)
 
 
 def test_the_distillation_loss_is_its_formula():
@@ -45,8 +46,8 @@ def test_the_last_epochs_see_whole_images(monkeypatch):
     images_u8 = torch.randint(0, 256, (300, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (300,), generator=generator)
     monkeypatch.setattr(distill, "MIN_STEPS", 1)
-    recipe = distill.Recipe(distill.Stage(1), distill.Stage(1), (), batch_size=100, least_steps=1)
-    images = distill.TrainingData(images_u8, labels, 10, recipe)
+    batches = distill.Batches(batch_size=100, min_steps=1)
+    images = distill.TrainingData(images_u8, labels, 10, batches)
     whole = models.normalize(images_u8).flatten(1)
     mirrored = models.normalize(images_u8.flip(2)).flatten(1)
     known = torch.cat([whole, mirrored])
@@ -64,6 +65,10 @@ def test_the_last_epochs_see_whole_images(monkeypatch):
             assert 100 < sum(n < 300 for n in seen) < 200
 
 
+def stage_of(training):
+    return distill.Stage("student", "resnet18", 4, 1.0, training, 0, "student.pth")
+
+
 @pytest.mark.parametrize("n", [55_000, 50_000, 8_000])
 def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monkeypatch):
     seen = []
@@ -72,13 +77,11 @@ def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monke
     )
     monkeypatch.setattr(augment, "mixup", lambda images, targets, *_: (images, targets))
     monkeypatch.setattr(models, "normalize", lambda images: images)
-    recipe = distill.Recipe(
-        distill.Stage(1), distill.Stage(1), (), batch_size=256 if n > 9_000 else 100
-    )
-    images = distill.TrainingData(torch.arange(n), torch.zeros(n, dtype=torch.long), 2, recipe)
-    assert images.passes == 1 and images.batch_size == recipe.batch_size
+    batches = distill.Batches(batch_size=256 if n > 9_000 else 100, erasing=0.0)
+    images = distill.TrainingData(torch.arange(n), torch.zeros(n, dtype=torch.long), 2, batches)
+    assert images.passes == 1 and images.batch_size == batches.batch_size
     list(images.epoch(0, 10, Generator().manual_seed(7)))
-    expected = list(augment.batches(n, recipe.batch_size, Generator().manual_seed(7)))
+    expected = list(augment.batches(n, batches.batch_size, Generator().manual_seed(7)))
     assert len(seen) == images.steps
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
@@ -86,10 +89,10 @@ def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monke
 @pytest.mark.parametrize("batch_size", [256, 128])
 @pytest.mark.parametrize("n", [1, 20, 33, 160, 1_150, 2_000, 5_000, 10_000, 20_000])
 def test_few_images_are_seen_several_times_in_smaller_batches(n, batch_size):
-    recipe = replace(train.RECIPES["quick"], batch_size=batch_size)
-    batch, steps, passes = distill.batch_layout(n, recipe)
+    batches = distill.Batches(batch_size=batch_size, min_steps=70)
+    batch, steps, passes = distill.batch_layout(n, batches)
     assert batch <= min(n, batch_size) and steps == n // batch
-    assert recipe.least_steps <= passes * steps < recipe.least_steps + steps
+    assert batches.min_steps <= passes * steps < batches.min_steps + steps
     assert batch >= min(n, distill.MIN_BATCH_SIZE)
     assert batch in (batch_size, n) or (batch_size / batch).is_integer()
     assert steps >= distill.MIN_STEPS or batch < 2 * distill.MIN_BATCH_SIZE
@@ -97,8 +100,8 @@ def test_few_images_are_seen_several_times_in_smaller_batches(n, batch_size):
 
 def test_each_pass_of_an_epoch_is_shuffled_anew():
     images_u8 = torch.arange(100, dtype=torch.uint8)[:, None, None].expand(-1, 8, 8)
-    recipe = distill.Recipe(distill.Stage(1), distill.Stage(1), (), batch_size=50, least_steps=75)
-    images = distill.TrainingData(images_u8, torch.arange(100), 100, recipe)
+    batches = distill.Batches(batch_size=50, min_steps=75)
+    images = distill.TrainingData(images_u8, torch.arange(100), 100, batches)
     assert (images.batch_size, images.steps, images.passes) == (50, 2, 38)
     seen = [t.argmax(1) for _, t in images.epoch(9, 10, Generator().manual_seed(0))]
     assert len(seen) == 76
@@ -124,18 +127,18 @@ def test_the_average_counts_the_steps_of_the_training_not_of_the_epoch(monkeypat
         return torch.zeros(()), targets
 
     monkeypatch.setattr(distill.TrainState, "step", step)
-    recipe = distill.Recipe(distill.Stage(80), distill.Stage(1), (), batch_size=2, least_steps=4)
-    images = distill.TrainingData(torch.zeros(8, 28, 28), torch.arange(8), 10, recipe)
-    part = distill.Part("teacher", recipe.teacher, 0, "teacher.pth")
-    distill.fit(part, models.build("resnet18", 10), [], images, SETUP, seed=0)
+    batches = distill.Batches(batch_size=2, min_steps=4)
+    images = distill.TrainingData(torch.zeros(8, 28, 28), torch.arange(8), 10, batches)
+    distill.fit(
+        stage_of(distill.Training(80)), models.build("resnet18", 10), [], images, CONTEXT, seed=0
+    )
     assert taken == list(range(10, 321, 10))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer, narrow):
+def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(narrow):
     torch.manual_seed(0)
-    stage = distill.Stage(9, optimizer, 0.01, 0.1, kd_weight=0.5, temperature=2)
-    network = distill.TrainState(models.build("resnet18", 10), stage, SETUP)
+    stage = distill.Training(9, 0.01, 0.1, temperature=2)
+    network = distill.TrainState(models.build("resnet18", 10), stage, CONTEXT)
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
     teacher_logits = torch.randn(8, 10)
 
@@ -147,7 +150,7 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
 
     steps()  # fills the momenta of weights that are pruned next
     for budget in (150_000, 50_000):
-        network.cut(budget, [images])
+        network.prune_to(budget, [images])
         before = prune.weights(network.model)["layer1.0.conv1.weight"].clone()
         steps()
         after = prune.weights(network.model)["layer1.0.conv1.weight"]
@@ -160,16 +163,16 @@ def test_pruned_weights_stay_zero_through_momentum_decay_and_averaging(optimizer
 
 def test_channels_without_weights_cost_no_work_and_change_no_weight(narrow, monkeypatch):
     images, targets = torch.randn(8, 1, 28, 28).expand(-1, 3, -1, -1), torch.eye(10)[:8]
-    stage, trained = distill.Stage(9, "sgd", 0.01, 5e-4), []
+    stage, trained = distill.Training(9, 0.01), []
     for trim in (distill.rewrite.trim_channels_, lambda model: model):
         monkeypatch.setattr(distill.rewrite, "trim_channels_", trim)
         torch.manual_seed(0)
         model = models.build("resnet18", 10)
         prune.apply_width_(model, 0.5)
         for budget in (None, 40_000, 20_000):
-            network = distill.TrainState(copy.deepcopy(model), stage, SETUP)
+            network = distill.TrainState(copy.deepcopy(model), stage, CONTEXT)
             if budget:
-                network.cut(budget, [images])
+                network.prune_to(budget, [images])
             network.model.train()
             for _ in range(3):
                 network.step(images, targets, None, rate=0.01)
@@ -189,25 +192,25 @@ def test_channels_without_weights_cost_no_work_and_change_no_weight(narrow, monk
 
 def test_validation_that_skips_the_zeros_is_validation(narrow, monkeypatch):
     torch.manual_seed(0)
-    network = distill.TrainState(models.build("resnet18", 10), distill.Stage(1), SETUP)
-    network.cut(30_000, [torch.randn(8, 3, 28, 28)])
+    network = distill.TrainState(models.build("resnet18", 10), distill.Training(1), CONTEXT)
+    network.prune_to(30_000, [torch.randn(8, 3, 28, 28)])
     network.model.eval()
     images_u8 = torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8)
     labels = models.infer(network.model, images_u8).argmax(1)
     labels[:90] = (labels[:90] + 1) % 10
-    assert isinstance(SETUP.frozen(network.model), distill.SparseResNet)
+    assert isinstance(CONTEXT.inference_copy(network.model), distill.SparseResNet)
     for share in (plan.MAX_DENSITY, 0):
         monkeypatch.setattr(plan, "MAX_DENSITY", share)
-        share = distill.validate(network.model, (images_u8, labels), SETUP)
+        share = distill.validate(network.model, (images_u8, labels), CONTEXT)
         assert share == pytest.approx(0.7, abs=0.01)
 
 
 def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given(narrow):
     torch.manual_seed(0)
-    stage = distill.Stage(1)
-    network = distill.TrainState(models.build("resnet18", 10), stage, SETUP)
+    stage = distill.Training(1)
+    network = distill.TrainState(models.build("resnet18", 10), stage, CONTEXT)
     images = torch.randn(4, 1, 28, 28).expand(-1, 3, -1, -1)
-    network.cut(100_000, [images])
+    network.prune_to(100_000, [images])
     out = network.model.conv1(images)
     torch.testing.assert_close(network.model.bn1.running_mean, out.mean((0, 2, 3)))
     torch.testing.assert_close(network.average.module.bn1.running_mean, out.mean((0, 2, 3)))
@@ -215,22 +218,16 @@ def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given(narrow):
 
 def test_the_loop_learns(tiny, tiny_data, tmp_path):
     """The real loop brings a network from chance to order on images with an easy pattern."""
-    recipe = replace(
-        train.RECIPES["quick"],
-        teacher=distill.Stage(6),
-        images=None,
-        mixup_alpha=0.0,
-    )
-    train.RECIPES["quick"] = recipe  # restored by the fixture
-    images, setup = train.prepare(data.find(tiny_data), recipe, torch.device("cpu"), flip=False)
+    batches = replace(shrunk.CHAIN.batches, images=None, mixup_alpha=0.0)
+    images, context = train.prepare(data.find(tiny_data), batches, torch.device("cpu"), flip=False)
     torch.manual_seed(0)
-    part, rows = distill.Part("teacher", recipe.teacher, 0, "teacher.pth"), []
+    rows = []
     model = distill.fit(
-        part,
+        stage_of(distill.Training(6, learning_rate=0.05)),
         models.build("resnet18", 10),
         [],
         images,
-        setup,
+        context,
         seed=0,
         save=lambda state, row: rows.append(row),
     )
@@ -240,11 +237,11 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
 
 
 def test_views_are_the_crops_of_the_first_epochs_and_whole_images_of_their_own():
-    stage = distill.Stage(12, views=4)
+    stage = distill.Training(12, augment_period=4)
     views = [distill.augment_epoch(epoch, stage) for epoch in range(12)]
     assert views == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 10, 11]
     assert (distill.distinct_epochs(stage), distill.distinct_epochs(stage, 8)) == (7, 4)
-    assert [distill.augment_epoch(epoch, distill.Stage(12)) for epoch in range(12)] == list(
+    assert [distill.augment_epoch(epoch, distill.Training(12)) for epoch in range(12)] == list(
         range(12)
     )
 
@@ -257,9 +254,9 @@ def test_missing_channels_are_no_zeros_that_pay_to_skip():
         weight.data *= torch.rand(weight.shape, generator=generator) < 0.05
     prune.apply_width_(narrow, 1 / 4)  # few weights, but no zeros among its channels
     assert plan.sparse_is_faster(
-        narrow, 28, SETUP.device
+        narrow, 28, CONTEXT.device
     )  # if the missing ones are not left out first
-    frozen = [SETUP.frozen(model) for model in (dense, sparse, narrow)]
+    frozen = [CONTEXT.inference_copy(model) for model in (dense, sparse, narrow)]
     assert [isinstance(network, distill.SparseResNet) for network in frozen] == [False, True, False]
     images = torch.randn(8, 1, 28, 28, generator=generator).expand(-1, 3, -1, -1)
     with torch.no_grad():
@@ -269,19 +266,22 @@ def test_missing_channels_are_no_zeros_that_pay_to_skip():
 
 def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, tiny_data):
     """Kept answers change no weight, and a training that was stopped needs none of them."""
-    recipe = replace(train.RECIPES["quick"], images=None)
-    images, setup = train.prepare(data.find(tiny_data), recipe, torch.device("cpu"))
+    batches = replace(shrunk.CHAIN.batches, images=None)
+    images, context = train.prepare(data.find(tiny_data), batches, torch.device("cpu"))
     torch.manual_seed(0)
-    model, teacher = models.build("resnet18", 10), setup.frozen(models.build("resnet18", 10))
+    model, teacher = (
+        models.build("resnet18", 10),
+        context.inference_copy(models.build("resnet18", 10)),
+    )
     asked = []
     teacher.register_forward_hook(lambda module, args, out: asked.append(args[0].clone()))
-    part = distill.Part("student", distill.Stage(8, kd_weight=0.5, views=2), 1, "student.pth")
+    stage = stage_of(distill.Training(8, augment_period=2))
     states = []
 
     def fit(saved=None):
         asked.clear()
         done = distill.fit(
-            part, copy.deepcopy(model), [teacher], images, setup, seed=0, saved=saved,
+            stage, copy.deepcopy(model), [teacher], images, context, seed=0, saved=saved,
             save=lambda state, row: states.append(copy.deepcopy(state)),
         )  # fmt: skip
         return done.state_dict()
@@ -295,9 +295,9 @@ def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, t
 
 
 def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
-    stage = distill.Stage(1)
+    stage = distill.Training(1)
     torch.manual_seed(0)
-    network = distill.TrainState(models.build("resnet18", 10), stage, SETUP)
+    network = distill.TrainState(models.build("resnet18", 10), stage, CONTEXT)
     images, targets = torch.randn(4, 3, 28, 28), torch.rand(4, 10).softmax(1)
     loss, logits = network.step(images, targets, None, rate=0.0)
     torch.testing.assert_close(loss, -(targets * F.log_softmax(logits, 1)).sum(1).mean())
@@ -312,32 +312,33 @@ def test_several_teachers_answer_with_the_mean_of_their_logits():
     teacher = distill.Teacher(networks)
     torch.testing.assert_close(teacher.logits(images), expected)
     torch.testing.assert_close(teacher.logits(images, batch="again"), expected)
-    assert teacher.logits(images[:1], batch="again") is teacher.kept["again"]
+    assert teacher.logits(images[:1], batch="again") is teacher.cache["again"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_recorded_steps_on_a_gpu_are_those_that_were_recorded(optimizer, monkeypatch):
-    setup = distill.Context(torch.device("cuda"), False, 28, True)
+def test_steps_as_a_cuda_graph_are_the_plain_steps(monkeypatch):
+    context = distill.Context(torch.device("cuda"), False, 28, True)
 
     def trained(first: int) -> tuple[list[float], int]:
-        monkeypatch.setattr(distill.CudaGraphed, "FIRST", first)
+        monkeypatch.setattr(distill.CudaGraphed, "WARMUP_CALLS", first)
         torch.manual_seed(0)
-        stage = distill.Stage(1, optimizer, kd_weight=0.5)
-        network = distill.TrainState(models.build("resnet18", 10), stage, setup)
+        stage = distill.Training(1)
+        network = distill.TrainState(models.build("resnet18", 10), stage, context)
         network.model.train()
-        teacher = distill.Teacher([setup.frozen(models.build("resnet18", 10)) for _ in range(2)])
+        teacher = distill.Teacher(
+            [context.inference_copy(models.build("resnet18", 10)) for _ in range(2)]
+        )
         generator, losses = torch.Generator("cuda").manual_seed(0), []
         for step in range(15):
             if step in (5, 10):
-                network.cut({5: 2_000_000, 10: 1_000_000}[step], [])
+                network.prune_to({5: 2_000_000, 10: 1_000_000}[step], [])
             images = torch.randn(32, 1, 28, 28, generator=generator, device="cuda")
             images = images.expand(-1, 3, -1, -1)
             targets = torch.eye(10, device="cuda")[torch.arange(32, device="cuda") % 10]
-            rate = (step + 1) * {"sgd": 1e-3, "adamw": 1e-5}[optimizer]  # above, noise decides
+            rate = (step + 1) * 1e-3  # above, noise decides
             loss, _ = network.step(images, targets, teacher.logits(images), rate)
             losses.append(loss.item())
-        assert (network._recorded.graph is None) == (first > 15)
+        assert (network._graphed.graph is None) == (first > 15)
         return losses, prune.count(network.model)
 
     recorded, left = trained(2)

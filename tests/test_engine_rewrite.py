@@ -36,7 +36,9 @@ def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch
 def test_a_step_asks_onednn_for_no_weight_gradient(stem, narrow):
     """Its threads spin in wait for each other, so that a busy process slows a step 30 times."""
     setup = distill.Context(torch.device("cpu"), bf16=False, image_size=28, grey=True)
-    network = distill.TrainState(models.build("resnet18", 10, stem=stem), distill.Stage(1), setup)
+    network = distill.TrainState(
+        models.build("resnet18", 10, stem=stem), distill.Training(1), setup
+    )
     images, targets = models.normalize(torch.zeros(16, 28, 28)), torch.eye(10).repeat(2, 1)[:16]
     asked = []
 

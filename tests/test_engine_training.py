@@ -87,7 +87,7 @@ def test_it_is_used_where_few_weights_are_left():
     setup = distill.Context(torch.device("cpu"), False, 28, True)
     steps = []
     for sparse in (True, False):
-        network = distill.TrainState(copy.deepcopy(model), distill.Stage(1, "sgd", 0.003), setup)
+        network = distill.TrainState(copy.deepcopy(model), distill.Training(1, 0.003), setup)
         network.model.train()
         network.set_masks({n: w != 0 for n, w in prune.weights(network.model).items()})
         assert network.sparse is not None

@@ -132,8 +132,8 @@ def test_colour_images_through_the_whole_chain(size, stem, tiny, tmp_path, capsy
 def test_a_part_of_the_images_has_a_fifth_as_many_for_validation(tmp_path):
     place = colour(tmp_path / "own", n=8, classes=3)
     shutil.copytree(place / "train", place / "val")
-    recipe = replace(train.RECIPES["quick"], images=15)
-    images, _ = train.prepare(data.find(place), recipe, torch.device("cpu"))
+    batches = distill.Batches(images=15)
+    images, _ = train.prepare(data.find(place), batches, torch.device("cpu"))
     assert len(images.labels) == 15
     assert images.val[1].tolist() == [0, 1, 2]  # they lie class by class
 
@@ -189,9 +189,9 @@ def test_only_images_that_stay_of_their_class_are_mirrored(tiny, folder):
 
 def test_without_flip_no_image_is_mirrored():
     images_u8 = torch.arange(28, dtype=torch.uint8).expand(100, 28, 28).contiguous()
-    recipe = distill.Recipe(distill.Stage(1), distill.Stage(1), (), batch_size=50)
+    batches = distill.Batches(batch_size=50)
     for flip in (True, False):
-        images = distill.TrainingData(images_u8, torch.zeros(100).long(), 2, recipe, flip=flip)
+        images = distill.TrainingData(images_u8, torch.zeros(100).long(), 2, batches, flip=flip)
         batch, _ = next(iter(images.batches(torch.Generator().manual_seed(0))))
         mirrored = (batch[:, 0, 14, 0] > batch[:, 0, 14, -1]).sum()
         assert 10 < mirrored < 40 if flip else mirrored == 0

@@ -24,11 +24,11 @@ def test_the_commit_has_a_plus_if_files_differ(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_with_its_settings_only_and_says_what_changed(tmp_path):
-    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]}, *MACHINE)
-    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]}, *MACHINE)
-    teacher, classes = {"t.pth": "2"}, ["cat", "cow", "dog"]
+    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]}, {}, "train.py", *MACHINE)
+    record.Run(tmp_path, {**SETTINGS, "classes": ["cat", "dog"]}, {}, "train.py", *MACHINE)
+    other = {**SETTINGS, "teacher": {"t.pth": "2"}, "classes": ["cat", "cow", "dog"]}
     with pytest.raises(record.UsageError) as error:
-        record.Run(tmp_path, {**SETTINGS, "teacher": teacher, "classes": classes}, *MACHINE)
+        record.Run(tmp_path, other, {}, "train.py", *MACHINE)
     assert "(teacher t.pth: 1, now 2; classes: [], now ['cow'])" in str(error.value)
 
 
@@ -36,16 +36,16 @@ def test_a_run_goes_on_with_its_settings_only_and_says_what_changed(tmp_path):
 def test_a_record_that_is_none_is_one_clear_line(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(record.UsageError, match="cannot be used for the run") as error:
-        record.Run(tmp_path, SETTINGS, *MACHINE)
+        record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
     assert "\n" not in str(error.value)
 
 
 def test_going_on_with_other_threads_is_warned_of(tmp_path, capsys):
-    record.Run(tmp_path, SETTINGS, *MACHINE)
+    record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
     assert json.loads((tmp_path / "run.json").read_text())["machine"]["threads"] == 2
-    record.Run(tmp_path, SETTINGS, *MACHINE)
+    record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
     assert not capsys.readouterr().err
-    record.Run(tmp_path, SETTINGS, {"threads": 1}, True)
+    record.Run(tmp_path, SETTINGS, {}, "train.py", {"threads": 1}, True)
     error = capsys.readouterr().err
     assert "warning" in error and "(threads: 2, now 1)" in error and error.count("\n") == 1
 

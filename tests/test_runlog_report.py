@@ -4,7 +4,7 @@ from runlog import record, report
 
 
 def shown(tmp_path, student, pruned, **settings):
-    run = record.Run(tmp_path, {"recipe_name": "cpu", **settings}, {"threads": 2}, True)
+    run = record.Run(tmp_path, settings, {}, "train.py", {"threads": 2}, True)
     common = {"file": "a.pth", "kilobytes": 1, "parameters": 9, "minutes": 1.0}
     stages = [
         {"stage": stage, **common, **{f"{k}_{kind}": v for (k, kind), v in shares.items()}}
@@ -19,23 +19,23 @@ def shares(val, test):
 
 
 @pytest.mark.parametrize(
-    ("student", "pruned", "recipe", "warning"),
+    ("student", "pruned", "quick", "warning"),
     [
-        (shares(0.98, 0.9), shares(0.87, 0.9), "quick",
-         "pruning has cost 11.0 points on validation: the dense student has 98.0%, 9 parameters "
-         "have 87.0%; a larger --budget or the recipe cpu may help"),
-        (shares(None, 0.98), shares(None, 0.95), "cpu",
-         "pruning has cost 3.0 points on test: the dense student has 98.0%, 9 parameters have "
-         "95.0%; a larger --budget or a longer recipe may help"),
-        (shares(0.98, 0.98), shares(0.1, 0.1), "cpu",
+        (shares(0.98, 0.9), shares(0.87, 0.9), True,
+         "pruning has cost 11.0 points on validation: the unpruned student has 98.0%, 9 parameters "
+         "have 87.0%; a larger --budget or the full chain may help"),
+        (shares(None, 0.98), shares(None, 0.95), False,
+         "pruning has cost 3.0 points on test: the unpruned student has 98.0%, 9 parameters have "
+         "95.0%; a larger --budget or a larger --length may help"),
+        (shares(0.98, 0.98), shares(0.1, 0.1), False,
          "the pruned network has collapsed, its accuracy is near chance (10%); a larger --budget "
-         "or a longer recipe may help"),
-        (shares(0.98, 0.98), shares(0.97, 0.5), "cpu", None),
-        (shares(None, None), shares(None, None), "cpu", None),
+         "or a larger --length may help"),
+        (shares(0.98, 0.98), shares(0.97, 0.5), False, None),
+        (shares(None, None), shares(None, None), False, None),
     ],
 )  # fmt: skip
-def test_the_report_says_what_pruning_has_cost(student, pruned, recipe, warning, tmp_path, capsys):
-    shown(tmp_path, student, pruned, recipe_name=recipe)
+def test_the_report_says_what_pruning_has_cost(student, pruned, quick, warning, tmp_path, capsys):
+    shown(tmp_path, student, pruned, quick=quick)
     out, err = capsys.readouterr()
     assert err == ("" if warning is None else f"train.py: warning: {warning}\n")
     if pruned["val", "accuracy"] is not None:
@@ -48,6 +48,6 @@ def test_the_report_says_what_pruning_has_cost(student, pruned, recipe, warning,
 
 def test_the_report_shows_balanced_accuracy_where_there_is_one(tmp_path, capsys):
     row = {**shares(0.98, 0.97), ("val", "balanced"): 0.6, ("test", "balanced"): 0.55}
-    shown(tmp_path, row, row)
+    shown(tmp_path, row, row, quick=False)
     out = capsys.readouterr().out
     assert "val bal." in out and "test bal." in out and "60.00%" in out and "55.00%" in out

@@ -67,7 +67,7 @@ def test_two_processes_follow_one_and_go_on_where_one_was_stopped(tiny, tmp_path
         assert train.main(flags) == 130
     ended = torchrun(tmp_path, 2, LOSSES="1")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("pruned 2/2    2/2") == 1  # only one of them speaks
+    assert ended.stdout.count("pruned        2/2") == 1  # only one of them speaks
     assert ended.stderr.count("100000 parameters left") == 2  # but both have the same count
     one, two = (rows(tmp_path / "runs" / name) for name in ("alone", "quick-seed0"))
     assert [r["parameters"] for r in one] == [r["parameters"] for r in two]
@@ -85,9 +85,9 @@ def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "world_size", lambda: 3)
     assert train.main(tiny) == 2
     assert "3 processes cannot share batches of 16 equally" in capsys.readouterr().err
-    # The recipe's batches could be shared, but shrink for 160 images.
-    recipe = replace(train.RECIPES["quick"], images=None, batch_size=256)
-    monkeypatch.setitem(train.RECIPES, "quick", recipe)
+    # Batches of 256 could be shared, but they shrink for 160 images.
+    batches = replace(shrunk.CHAIN.batches, images=None, batch_size=256)
+    monkeypatch.setattr(train, "QUICK", replace(shrunk.CHAIN, batches=batches))
     monkeypatch.setattr(runtime, "world_size", lambda: 64)
     assert train.main(tiny) == 2
     assert "64 processes cannot share batches of 32 equally" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The real train.py with a tiny recipe on tiny images and narrow networks, in a process of its own.
+"""The real train.py with a tiny chain on tiny images and narrow networks, in a process of its own.
 
     python tests/tiny.py FOLDER [flags of train.py]
 
@@ -26,7 +26,7 @@ import data
 import distill
 import prune
 import train
-from runlog import plots, record
+from runlog import estimate, plots, record
 
 resnet = models.torchvision.models.resnet
 IDX = {
@@ -36,17 +36,15 @@ IDX = {
     "t10k-labels-idx1-ubyte": "test_labels",
 }
 VALIDATION = 40
-_kd = {"kd_weight": 0.9, "temperature": 4.0}
-_sgd = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
-RECIPE = distill.Recipe(
-    teacher=distill.Stage(1, learning_rate=1e-3),
-    student=distill.Stage(1, **_sgd, **_kd),
-    pruned=2 * (distill.Stage(2, **_sgd, **_kd, cuts=1),),
-    images=64,
-    batch_size=16,
-    least_steps=1,
+CHAIN = train.Chain(
+    teacher=distill.Training(1, learning_rate=0.05),
+    student=distill.Training(1, learning_rate=0.05, kd_weight=0.9),
+    pruned=distill.Training(2, learning_rate=0.05, kd_weight=0.9),
+    batches=distill.Batches(
+        images=64, batch_size=16, min_steps=1, crop_scale=(0.85, 1.0), mixup_alpha=0.1, erasing=0.0
+    ),
 )
-MEASURE = train.measure
+STEP_TIMES = estimate.step_times
 DRAWINGS = {name: getattr(plots, name) for name in ("curves", "layers", "confusion", "mistakes")}
 
 
@@ -80,7 +78,9 @@ def narrow() -> Iterator[None]:
 
 def measure_nothing(patch: pytest.MonkeyPatch) -> None:
     """A run announces no times: the steps that it would measure are not part of its training."""
-    patch.setattr(train, "measure", lambda run, parts, *_: {part.name: (0, 0) for part in parts})
+    patch.setattr(
+        estimate, "step_times", lambda run, stages, *_: {stage.name: (0, 0) for stage in stages}
+    )
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
@@ -139,9 +139,9 @@ def _signal_at(moment: str, number: int) -> None:
 def _counted(fit):
     """distill.fit that says, in every process, how many parameters it left."""
 
-    def counted(part, *args, **options):
-        model = fit(part, *args, **options)
-        if part.file == "pruned_resnet18.pth":
+    def counted(stage, *args, **options):
+        model = fit(stage, *args, **options)
+        if stage.file == "pruned_resnet18.pth":
             print(f"{prune.count(model)} parameters left", file=sys.stderr)
         return model
 
@@ -161,7 +161,7 @@ def _telling(result):
 
 def main() -> int:
     folder, flags = Path(sys.argv[1]), sys.argv[2:]
-    train.RECIPES["quick"] = RECIPE
+    train.QUICK = CHAIN
     record.RUNS, record.RESULTS = folder / "runs", folder / "results.csv"
     data.VALIDATION = VALIDATION
     models.bf16_is_faster = lambda device: False  # a busy machine might measure now this, now that
