@@ -194,9 +194,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
         print(f"{name}: {(time.perf_counter() - began) / 60:.1f} minutes from start to end")
         rows.append(row(name, place, record.RUNS / run))
-    print(
-        "\n| set | images, training + test | classes | size | unpruned | 100,000 | minutes |"
-    )
+    print("\n| set | images, training + test | classes | size | unpruned | 100,000 | minutes |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
     return 0
