@@ -12,6 +12,7 @@ compares documents and data.
 import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -31,8 +32,8 @@ STEMS = {4: "torchvision's, stride 4", 2: "3x3, stride 2", 1: "3x3, stride 1"}
 # The commands that README.md recommends: goal, command as in results.csv, kind of device.
 COMMANDS = (
     ("default, two CPU cores", "train.py", "cpu"),
-    ("most accurate, two CPU cores", "train.py --stem 1", "cpu"),
-    ("default, GPU", "train.py", "gpu"),
+    ("feature maps of 28x28, two CPU cores", "train.py --stem 1", "cpu"),
+    ("default, one GPU", "train.py", "gpu"),
 )
 
 
@@ -90,7 +91,9 @@ def included_table(networks: dict) -> str:
                 f"{network['multiply_adds'] / 1e6:.2f} M",
                 f"{rates['batch 1']:,} / {rates['batch 256']:,}",
                 round(path.stat().st_size / 1000),
-                "[older commands](docs/accuracy.md)" if older else f"`{row.command}`",
+                "[older commands](docs/accuracy.md#included-networks)"
+                if older
+                else f"`{row.command}`",
             ]
         )
     header = "weights | stem | unpruned | pruned | multiply-adds | images/s, batch 1 / 256 | kB"
@@ -172,12 +175,12 @@ def fill(text: str, content: dict[str, str]) -> str:
 
 
 def add(path: Path) -> None:
-    """Add to results.csv the rows of `path` that it lacks, except those of runs on all images,
-    which have no validation accuracy."""
-    new = pd.read_csv(path, dtype=TEXTS).dropna(subset=["student_val", "pruned_val"], how="all")
-    rows = results()
-    rows = pd.concat([rows, new[rows.columns]]).drop_duplicates()
-    checkpoint.write(RESULTS, rows.to_csv(index=False))
+    """Add to results.csv the rows of `path` that it lacks. Runs on all images stay out: they have
+    no validation accuracy. Raises OSError, ValueError or KeyError."""
+    read = functools.partial(pd.read_csv, dtype=str, keep_default_na=False)  # as it is written
+    rows, new = read(RESULTS), read(path)
+    new = new[rows.columns][(new["student_val"] != "") | (new["pruned_val"] != "")]
+    checkpoint.write(RESULTS, pd.concat([rows, new]).drop_duplicates().to_csv(index=False))
 
 
 def main(argv: list[str] | None = None) -> int:
