@@ -29,6 +29,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -83,12 +84,7 @@ def medians(
 
 def show(title: str, rows: dict[str, dict[str, object]]) -> None:
     """Print a table with a line for each of `rows`."""
-    print(f"\n{title}")
-    for name, row in rows.items():
-        cells = (
-            f"{key} {v:,}" if not isinstance(v, str) else f"{key} {v}" for key, v in row.items()
-        )
-        print(f"  {name:44}{', '.join(cells)}", flush=True)
+    print(f"\n{title}\n{pd.DataFrame.from_dict(rows, orient='index').to_string()}", flush=True)
 
 
 def by_batch(times: dict[tuple[str, int], float]) -> dict[str, dict[str, int]]:
