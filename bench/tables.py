@@ -5,8 +5,8 @@
 
 A table stands between two comments: `<!-- NAME: source -->` and `<!-- end of NAME -->`. The data
 are bench/results.csv (a row for each network of a full-length run, written by train.py),
-bench/bench.json (the last line of bench/speed.py) and the included weights. tests/test_project.py
-compares documents and data.
+bench/published.csv (others' figures), bench/bench.json (the last line of bench/speed.py) and the
+included weights. tests/test_project.py compares documents and data.
 """
 
 import runtime  # isort: skip  # before torch, which reads what it sets
@@ -26,8 +26,10 @@ from bench import ROOT, SHIPPED
 from runlog import plots
 
 RESULTS, BENCH = ROOT / "bench" / "results.csv", ROOT / "bench" / "bench.json"
+PUBLISHED = ROOT / "bench" / "published.csv"
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TEXTS = dict.fromkeys(("name", "command", "device", "commit"), str)  # 12e4567 is no number
+RELEASES = {"today": "today's", "claim": "today's", "first": "first"}
 STEMS = {4: "torchvision's, stride 4", 2: "3x3, stride 2", 1: "3x3, stride 1"}
 # The commands that README.md recommends: goal, command as in results.csv, kind of device.
 COMMANDS = (
@@ -129,6 +131,15 @@ def runs_table() -> str:
     return markdown(f"{header} | minutes | device | commits", lines)
 
 
+def published_table() -> str:
+    """All of published.csv."""
+    lines = [
+        [row.network, f"{row.parameters:,}", f"{row.accuracy:.2f}%", RELEASES[row.kind], row.source]
+        for _, row in pd.read_csv(PUBLISHED).iterrows()
+    ]
+    return markdown("network | parameters | test accuracy | release | source", lines)
+
+
 def measured_table(corner: str, rows: dict[str, dict]) -> str:
     """Rows as bench/speed.py writes them: {name: {column: figure}}."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
@@ -160,6 +171,7 @@ def tables() -> dict[str, str]:
         "included": included_table(measured["inference"]["networks"]),
         "commands": commands_table(),
         "runs": runs_table(),
+        "published": published_table(),
         "speed": speed_table(measured),
         "training": measured_table("distillation step, 256 images", measured["train"]),
         "start": measured_table("process, from start to end", measured["start"]),
@@ -198,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     content = tables()
     for path in DOCUMENTS:
         checkpoint.write(path, fill(path.read_text(), content))
-    checkpoint.write(ROOT / "docs" / "sizes.png", plots.sizes(RESULTS))
+    checkpoint.write(ROOT / "docs" / "sizes.png", plots.sizes(RESULTS, PUBLISHED))
     return 0
 
 

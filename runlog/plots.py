@@ -56,21 +56,7 @@ def curves(metrics: Path) -> bytes:
     return _png(figure)
 
 
-# Test accuracy, %, of others (sources: docs/accuracy.md): parameters, accuracy, kind, text, and the
-# place of the text, in points.
-PUBLISHED = (
-    (98_954, 94.31, "today", "3-conv CNN, distilled\n(epoch chosen on test)", (-24, -4)),
-    (85_956, 93.51, "today", "pruned ResNet14, distilled\n(median of 185 runs)", (-58, 12)),
-    (270_000, 95.55, "today", "ResNet-20, 28x28 maps", (8, 16)),
-    (296_000, 94.7, "today", "CNN, random erasing", (12, 6)),
-    (25_600_000, 94.3, "today", "ResNet50 at 28x28\n(best of several)", (0, -24)),
-    (36_500_000, 95.7, "today", "WRN-28-10,\nrandom erasing", (-14, 0)),
-    (90_000, 95.77, "claim", "GhostNet found by search", (-10, 14)),
-    (768_000, 95.4, "first", "DenseNet-BC", (10, -10)),
-    (8_900_000, 96.7, "first", "WRN40-4", (-10, 0)),
-    (11_200_000, 94.9, "first", "ResNet18", (-10, 8)),
-)
-KINDS = {  # of PUBLISHED: label and marker
+KINDS = {  # of published figures: label and marker
     "today": ("published by others", {"marker": "o", "color": "tab:gray"}),
     "claim": ("claimed: best epoch on test, no weights", {"marker": "x", "color": "tab:gray"}),
     "first": (
@@ -81,8 +67,9 @@ KINDS = {  # of PUBLISHED: label and marker
 COLORS = {4: "tab:green", 2: "tab:blue", 1: "tab:purple"}  # of stems
 
 
-def sizes(results: Path) -> bytes:
-    """A PNG of test accuracy against parameters, of `results` (results.csv) and of PUBLISHED.
+def sizes(results: Path, published: Path) -> bytes:
+    """A PNG of test accuracy against parameters, of `results` (results.csv) and of others
+    (published.csv).
 
     A run that kept networks of several sizes is a line. Of other commands, those with several seeds
     are stars: the mean and, as a bar, lowest and highest.
@@ -107,16 +94,16 @@ def sizes(results: Path) -> bytes:
         )  # fmt: skip
         drawn.append((line, ours["mean"].max(), bars))
     handles = [bars for *_, bars in sorted(drawn, key=lambda entry: entry[:2], reverse=True)]
+    others = pd.read_csv(published)
     for kind, (label, style) in KINDS.items():
-        for parameters, accuracy, of, text, (x, y) in PUBLISHED:
-            if of == kind:
-                (point,) = axes.plot(parameters, accuracy, **style, linestyle="", label=label)
-                axes.annotate(
-                    text, (parameters, accuracy), (x, y), fontsize=8, textcoords="offset points",
-                    ha="right" if x < 0 else "left" if x else "center", va="center",
-                    color="dimgray",
-                    arrowprops={"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5},
-                )  # fmt: skip
+        for _, other in others[others.kind == kind].iterrows():
+            place, x = (other.parameters, other.accuracy), other.label_x
+            (point,) = axes.plot(*place, **style, linestyle="", label=label)
+            axes.annotate(
+                other.network, place, (x, other.label_y), textcoords="offset points", fontsize=8,
+                ha="right" if x < 0 else "left" if x else "center", va="center", color="dimgray",
+                arrowprops={"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5},
+            )  # fmt: skip
         handles.append(point)
     axes.legend(handles=handles, loc="lower right", fontsize=8)
     _count_logarithmically(axes.set_xscale, axes.xaxis)

@@ -322,7 +322,7 @@ def test_commands_run(script, flags, newcomers_folder, monkeypatch):
         monkeypatch.setattr(module, "DOCUMENTS", (newcomers_folder / "README.md",))
         monkeypatch.setattr(module, "RESULTS", newcomers_folder / "results.csv")
         monkeypatch.setattr(module, "ROOT", newcomers_folder)
-        monkeypatch.setattr(plots, "sizes", lambda path: b"")
+        monkeypatch.setattr(plots, "sizes", lambda *paths: b"")
     if script == "train.py":
         if "resnet-50.pth" in flags:
             torch.save(models.build("resnet50", 10).state_dict(), "resnet-50.pth")

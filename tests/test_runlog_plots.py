@@ -2,12 +2,16 @@
 
 import itertools
 import logging
+from pathlib import Path
 
 import matplotlib
+import pandas as pd
 import pytest
 import torch
 
 from runlog import plots
+
+PUBLISHED = Path(__file__).resolve().parent.parent / "bench" / "published.csv"
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ def test_sizes_has_a_line_for_several_budgets_and_a_star_for_several_seeds(tmp_p
     ]
     header = "name,command,stem,seed,parameters,student_test,pruned_test"
     results.write_text("\n".join([header, *rows]))
-    axes = plots.sizes(results).axes[0]
+    axes = plots.sizes(results, PUBLISHED).axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[:3] == [
         "ours, ladder: 95.00% at 50,000, 1 seed",
@@ -94,7 +98,9 @@ def test_figures_of_the_first_release_are_hollow(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "_png", lambda figure: figure)
     results = tmp_path / "results.csv"
     results.write_text("name,command,stem,seed,parameters,student_test,pruned_test\n")
-    axes = plots.sizes(results).axes[0]
+    axes = plots.sizes(results, PUBLISHED).axes[0]
     drawn = {line.get_ydata()[0]: line.get_markerfacecolor() for line in axes.get_lines()}
-    for _, accuracy, kind, *_ in plots.PUBLISHED:
+    published = pd.read_csv(PUBLISHED)
+    assert set(published.kind) == plots.KINDS.keys() and len(drawn) == len(published)
+    for kind, accuracy in zip(published.kind, published.accuracy, strict=True):
         assert (drawn[accuracy] == "white") == (kind == "first")
