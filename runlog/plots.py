@@ -1,6 +1,7 @@
 """Pictures of a run and of predictions, each as the bytes of a PNG; matplotlib stays in here."""
 
 import io
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axis import Axis
+from matplotlib.font_manager import fontManager, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
@@ -200,9 +203,50 @@ def _count_logarithmically(set_scale: Callable[[str], None], axis: Axis) -> None
 
 
 def _png(figure: plt.Figure) -> bytes:
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a class may have a name in any script
-        figure.savefig(file, dpi=120)
+    """The picture of `figure`, in more fonts if the default one lacks characters of class names.
+
+    Says on stderr which characters no installed font has.
+    """
+    content, missing = _draw(figure)
+    if missing:
+        family = [*plt.rcParams["font.family"], *_fonts_with(missing)]
+        for text in figure.findobj(Text):
+            text.set_fontfamily(family)
+        content, missing = _draw(figure)
+    if unsaid := missing - _said:
+        _said.update(unsaid)
+        shown = "".join(sorted(unsaid)[:20]) + "..." * (len(unsaid) > 20)
+        print(
+            f"warning: no installed font has the characters {shown}, they are boxes in pictures; "
+            "install one that has them, such as Noto Sans CJK",
+            file=sys.stderr,
+        )
     plt.close(figure)
-    return file.getvalue()
+    return content
+
+
+_said: set[str] = set()  # characters that were named: a run draws several pictures
+
+
+def _draw(figure: plt.Figure) -> tuple[bytes, set[str]]:
+    """(a PNG, the characters that its fonts lack)."""
+    file = io.BytesIO()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "Glyph")
+        figure.savefig(file, dpi=120)
+    codes = [str(w.message).split()[1] for w in caught if str(w.message).startswith("Glyph")]
+    return file.getvalue(), {chr(int(code)) for code in codes}
+
+
+def _fonts_with(characters: set[str]) -> list[str]:
+    """Installed fonts that together have as many of `characters` as one can have."""
+    families, left = [], {ord(c) for c in characters}
+    for entry in fontManager.ttflist:
+        try:
+            font = get_font(entry.fname)
+        except Exception:  # whatever a damaged or removed font file raises
+            continue
+        if found := {code for code in left if font.get_char_index(code)}:
+            families.append(entry.name)
+            left -= found
+    return families

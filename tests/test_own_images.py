@@ -387,7 +387,7 @@ def test_16_bits_are_their_highest_8_or_refused(tmp_path):
         with pytest.raises(data.DataError, match=path.name):
             data.read_images([path, black], 8, grey=True)
     with pytest.raises(data.DataError, match=r"float.tif.*unsigned"):
-        data.check_files(bad)  # only what headers show
+        data.inspect(bad)  # only what headers show
 
 
 def test_hidden_folders_are_skipped_and_links_followed_once(folder, tmp_path):
