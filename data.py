@@ -610,8 +610,8 @@ def has_suffix(name: str) -> bool:
 
 def is_image(path: Path) -> bool:
     """Whether `path` is called like an image, or its content is one that Pillow decodes."""
-    if has_suffix(path.name):
-        return True
+    if has_suffix(path.name) or not path.is_file():  # a pipe can be read only once
+        return has_suffix(path.name)
     try:
         with Image.open(path) as image:
             return image.format not in NOT_DECODED

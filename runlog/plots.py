@@ -242,6 +242,8 @@ def _fonts_with(characters: set[str]) -> list[str]:
     """Installed fonts that together have as many of `characters` as one can have."""
     families, left = [], {ord(c) for c in characters}
     for entry in fontManager.ttflist:
+        if entry.style != "normal" or entry.name.startswith("Last Resort"):  # which has boxes only
+            continue
         try:
             font = get_font(entry.fname)
         except Exception:  # whatever a damaged or removed font file raises
