@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -126,21 +127,24 @@ def find_for_weights(weights: str | Path, meta: dict, folder: str | Path | None 
     if not has_split(source, "test"):
         raise DataError(f"{source.path}: has no test/; give IMAGES")
     theirs = tuple(unicodedata.normalize("NFC", c) for c in meta.get("classes", source.classes))
-    missing = tuple(name for name in theirs if name not in source.classes)
     if "classes" not in meta and meta["num_classes"] != len(source.classes):
         hint = "; a class without images needs an empty folder" if source.splits else ""
         raise DataError(
             f"{weights}: has {meta['num_classes']} classes, {source.path} has "
             f"{len(source.classes)}{hint}"
         )
-    if theirs != source.classes and (not source.splits or set(source.classes) - set(theirs)):
+    known, here = set(theirs), set(source.classes)
+    fits = here <= known and len(known) == len(
+        theirs
+    )  # in an order of its own, some without images
+    if theirs != source.classes and not (source.splits and fits):
         raise DataError(
             f"{weights}: is for the classes {_some(theirs, 10)}, but {source.path} has "
             f"{_some(source.classes, 10)}"
         )
     notes = source.notes
-    if missing:
-        notes += (f"{source.path}: has no folder of the classes {_some(missing)}",)
+    if known > here:
+        notes += (f"{source.path}: has no images of the classes {_some(sorted(known - here))}",)
     return replace(source, classes=theirs, grey=meta.get("grey", source.grey), notes=notes)
 
 
@@ -479,15 +483,15 @@ def _folder_source(folder: Path, splits: dict[str, Path], image_size: int) -> So
         notes.append(f"{folder}: not used: {_names(unused)}; used are {known}")
     for split, members in found.items():
         loose = [p for p in sorted(splits[split].iterdir()) if p.is_file() and has_suffix(p.name)]
-        if loose:
-            notes.append(f"{len(loose)} images left out, in no folder of a class: {_some(loose)}")
+        if loose := [path for path in loose if not path.name.startswith(".")]:
+            notes.append(f"left out, in no folder of a class ({len(loose)}): {_some(loose)}")
         for name, places in members.items():
             if name not in classes:
                 raise DataError(f"{places[0]}: there is no such class in {first}")
             if len(places) > 1:
                 notes.append(
-                    f"{splits[split]}: {len(places)} folders are called {name}, in different "
-                    "Unicode normalization forms (NFC, NFD): taken for one class"
+                    f"{splits[split]}: {len(places)} folders are called {name}, in several Unicode "
+                    "normalization forms: taken for one class"
                 )
             for place in places:
                 images, more = walk(place)
@@ -496,9 +500,8 @@ def _folder_source(folder: Path, splits: dict[str, Path], image_size: int) -> So
         if split == next(iter(splits)):
             in_first = len(files)
     modes, said = inspect(files, others)
-    notes += [*said, *order_note(classes)]
     grey = set(GREY).issuperset(modes[:in_first])
-    return Source("folder", folder, classes, image_size, grey, splits, tuple(notes))
+    return Source("folder", folder, classes, image_size, grey, splits, (*notes, *said))
 
 
 def _class_folders(place: Path) -> dict[str, list[Path]]:
@@ -555,8 +558,8 @@ def _list_classes(source: Source, split: str) -> tuple[list[Path], Tensor]:
         members = [file for place in folders.get(name, ()) for file in image_files(place)]
         if not members and split == "train":
             raise DataError(
-                f"{source.splits[split] / name}: there are no images of this class; "
-                "add some, or remove the folder"
+                f"{source.splits[split] / name}: there are no images of this class that Pillow "
+                "decodes; add some, or remove the folder"
             )
         files += members
         labels += [label] * len(members)
@@ -613,7 +616,7 @@ def is_image(path: Path) -> bool:
     if has_suffix(path.name) or not path.is_file():  # a pipe can be read only once
         return has_suffix(path.name)
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return image.format not in NOT_DECODED
     except Exception:  # PIL raises nearly anything for other files
         return False
@@ -627,15 +630,17 @@ def inspect(files: Sequence[Path], others: Sequence[Path] = ()) -> tuple[list[st
     """
 
     def header(path: Path) -> tuple[str, bool]:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             _check(image)
             return image.mode, getattr(image, "is_animated", False) and image.format not in STILL
 
     headers, notes = _map_files(files, header), []
     if several := [path for path, (_, more) in zip(files, headers, strict=True) if more]:
-        notes.append(f"only the first frame or page of {len(several)} files: {_some(several)}")
+        notes.append(
+            f"of several frames or pages, the first is used ({len(several)}): {_some(several)}"
+        )
     if others:
-        notes.append(f"{len(others)} files left out, not images Pillow decodes: {_some(others)}")
+        notes.append(f"left out, not images that Pillow decodes ({len(others)}): {_some(others)}")
     return [mode for mode, _ in headers], notes
 
 
@@ -654,7 +659,7 @@ def read_image(image: Image.Image | str | Path, image_size: int, grey: bool) -> 
     highest 8, stretched to a square. Raises ValueError for other pixels, or what PIL raises.
     """
     if not isinstance(image, Image.Image):
-        with Image.open(image) as opened:
+        with _opened(image) as opened:
             return read_image(opened, image_size, grey)
     _check(image)
     if isinstance(image, TiffImageFile):  # Pillow 12 and 13 misread mapped files that EXIF turns
@@ -670,6 +675,15 @@ def read_image(image: Image.Image | str | Path, image_size: int, grey: bool) -> 
         image = Image.alpha_composite(black, image)
     pixels = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
     return resize((pixels if grey else pixels.permute(2, 0, 1))[None], image_size, grey)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, without PIL's warnings: of what cannot be read, it raises an error as well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            yield image
 
 
 def _check(image: Image.Image) -> None:

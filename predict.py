@@ -132,7 +132,9 @@ def gather(paths: list[Path]) -> tuple[list[tuple[Path, list[Path]]], list[str]]
             files, others = data.walk(path)
             left_out += others
             if not files:
-                raise data.DataError(f"{path}: there are no images in this folder")
+                raise data.DataError(
+                    f"{path}: there are no images that Pillow decodes in this folder"
+                )
         elif data.is_image(path):
             files = [path]
         else:
@@ -200,11 +202,12 @@ def predict(args: argparse.Namespace) -> None:
         inputs += [file for _, files in found for file in files]
         parts = chunks(found, meta["image_size"], meta["grey"])
         classes = meta.get("classes") or [str(number) for number in range(meta["num_classes"])]
-        notes += data.order_note(classes)
     else:
         source = data.find_for_weights(args.weights, meta, args.data)
         inputs += data.source_files(source, "test")
         parts, classes, notes = test_images(source), source.classes, list(source.notes)
+    notes += [] if args.names else data.order_note(classes)
+    classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # of any file
     outputs = [path for path in (args.output, args.show) if path is not None]
     for i, path in enumerate(outputs):
         checkpoint.check_output(path, *outputs[:i], *inputs)
@@ -261,7 +264,7 @@ def write_predictions(
             if done == 0:
                 table.writerow(["id", "pred", *(classes if args.probs else [])])
             table.writerows(zip(*columns, strict=True))
-            file.write(text.getvalue().encode(errors="backslashreplace"))  # any class name
+            file.write(text.getvalue().encode())
             if args.show and len(shown) < SHEET:
                 certainty = logits.softmax(1).amax(1)
                 titles = [f"{n}\n{c:.0%}" for n, c in zip(names, certainty, strict=True)]

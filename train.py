@@ -402,7 +402,8 @@ def start(args: argparse.Namespace) -> None:
     device = models.choose_device(args.device)
     source = data.find(args.data, args.dataset, args.image_size)
     name, settings, largest = check(args, source)
-    for note in source.notes if runtime.rank() == 0 else ():
+    notes = [*source.notes, *data.order_note(source.classes)]
+    for note in notes if runtime.rank() == 0 else ():
         print(f"train.py: {note}", file=sys.stderr)
     if runtime.rank() > 0:
         runtime.barrier()  # until process 0 has the folder

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axis import Axis
-from matplotlib.font_manager import fontManager, get_font
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.text import Text
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
@@ -207,12 +207,15 @@ def _png(figure: plt.Figure) -> bytes:
 
     Says on stderr which characters no installed font has.
     """
-    content, missing = _draw(figure)
-    if missing:
-        family = [*plt.rcParams["font.family"], *_fonts_with(missing)]
-        for text in figure.findobj(Text):
-            text.set_fontfamily(family)
-        content, missing = _draw(figure)
+    content = _draw(figure)  # which also makes the texts at the axes
+    texts = figure.findobj(Text)
+    characters = {c for text in texts for c in text.get_text() if c.isprintable()}
+    families, missing = _fonts_for(characters)
+    if families:
+        for text in texts:
+            text.set_fontfamily([*plt.rcParams["font.family"], *families])
+        content = _draw(figure)
+    plt.close(figure)
     if unsaid := missing - _said:
         _said.update(unsaid)
         shown = "".join(sorted(unsaid)[:20]) + "..." * (len(unsaid) > 20)
@@ -221,34 +224,32 @@ def _png(figure: plt.Figure) -> bytes:
             "install one that has them, such as Noto Sans CJK",
             file=sys.stderr,
         )
-    plt.close(figure)
     return content
 
 
 _said: set[str] = set()  # characters that were named: a run draws several pictures
 
 
-def _draw(figure: plt.Figure) -> tuple[bytes, set[str]]:
-    """(a PNG, the characters that its fonts lack)."""
+def _draw(figure: plt.Figure) -> bytes:
     file = io.BytesIO()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "Glyph")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # `_png` says it, once
         figure.savefig(file, dpi=120)
-    codes = [str(w.message).split()[1] for w in caught if str(w.message).startswith("Glyph")]
-    return file.getvalue(), {chr(int(code)) for code in codes}
+    return file.getvalue()
 
 
-def _fonts_with(characters: set[str]) -> list[str]:
-    """Installed fonts that together have as many of `characters` as one can have."""
-    families, left = [], {ord(c) for c in characters}
-    for entry in fontManager.ttflist:
+def _fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
+    """Installed fonts that have what the default font lacks, and characters that none has."""
+    default = get_font(findfont(FontProperties()))
+    families, left = [], {c for c in characters if not default.get_char_index(ord(c))}
+    for entry in fontManager.ttflist if left else ():
         if entry.style != "normal" or entry.name.startswith("Last Resort"):  # which has boxes only
             continue
         try:
             font = get_font(entry.fname)
         except Exception:  # whatever a damaged or removed font file raises
             continue
-        if found := {code for code in left if font.get_char_index(code)}:
+        if found := {c for c in left if font.get_char_index(ord(c))}:
             families.append(entry.name)
             left -= found
-    return families
+    return families, left

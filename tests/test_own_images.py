@@ -529,8 +529,8 @@ def test_all_that_pillow_decodes_is_read_and_the_rest_is_named(folder, tmp_path,
     source = data.find(folder)
     assert data.load(source, "train")[1].bincount().tolist() == [34, 30, 30]
     loose, left_out = source.notes
-    assert "1 images left out, in no folder of a class" in loose and "loose.png" in loose
-    assert "3 files left out" in left_out and "hidden" not in left_out
+    assert "left out, in no folder of a class (1)" in loose and "loose.png" in loose
+    assert "not images that Pillow decodes (3)" in left_out and "hidden" not in left_out
     assert all(name in left_out for name in ("a.heic", "b.eps", "c.txt"))
 
 
@@ -551,8 +551,12 @@ def test_predictions_say_what_they_leave_out(folder, tmp_path, shipped_like, cap
     error = capsys.readouterr().err
     assert [row["id"] for row in read_rows(out)] == ["a.jfif", "b.gif", "c.tif", "d.tif", "upload"]
     frames, left_out = error.splitlines()[-2:]
-    assert "2 files" in frames and "b.gif" in frames and "c.tif" in frames
-    assert "1 files left out" in left_out and "f.heic" in left_out
+    assert (
+        "several frames or pages, the first is used (2)" in frames
+        and "b.gif" in frames
+        and "c.tif" in frames
+    )
+    assert "left out, not images that Pillow decodes (1)" in left_out and "f.heic" in left_out
 
 
 def test_an_image_of_a_format_without_a_decoder_is_refused(tmp_path):
@@ -647,11 +651,11 @@ def test_numbers_as_names_of_classes_are_said_to_be_sorted_as_text(tmp_path):
     for n in range(1, 12):
         (place / "train" / f"{n}").mkdir(parents=True)
         Image.new("L", (8, 8)).save(place / "train" / f"{n}" / "0.png")
-    (note,) = data.find(place).notes
+    (note,) = data.order_note(data.find(place).classes)
     assert "0 is 1, 1 is 10, 2 is 11, 3 is 2" in note
     for n in range(1, 10):
         (place / "train" / f"{n}").rename(place / "train" / f"{n:02}")
-    assert data.find(place).notes == ()
+    assert data.order_note(data.find(place).classes) == []
     assert data.order_note(data.CLASSES) == data.order_note(["b10", "b9", "a"]) == []
 
 
@@ -692,7 +696,7 @@ def test_test_images_alone_may_lack_a_class(folder, predicted):
     shutil.rmtree(folder / "train")
     shutil.rmtree(folder / "test" / "middle")
     rows, _, error = predicted(folder, ["left", "middle", "right"])
-    assert len(rows) == 12 and "has no folder of the classes middle" in error
+    assert len(rows) == 12 and "has no images of the classes middle" in error
     code, _, error = predicted(folder, ["left", "middle", "wrong"])
     assert code == 2 and "is for the classes left, middle, wrong" in error and "right" in error
 
