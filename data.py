@@ -454,10 +454,9 @@ def split_validation(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _splits(folder: Path) -> dict[str, Path]:
     """The folders of an image folder, by the names of SPLITS; {} if it is none."""
-    found = {}
+    found, folders = {}, _folders(folder) if folder.is_dir() else []
     for split, names in SPLITS.items():
-        places = _folders(folder) if folder.is_dir() else []
-        places = [place for place in places if place.name.lower() in names]
+        places = [place for place in folders if place.name.lower() in names]
         if len(places) > 1:
             raise DataError(
                 f"{folder}: {_names(places)} are all for the split {split}; rename or remove one"

@@ -534,6 +534,16 @@ def test_all_that_pillow_decodes_is_read_and_the_rest_is_named(folder, tmp_path,
     assert all(name in left_out for name in ("a.heic", "b.eps", "c.txt"))
 
 
+def test_a_training_says_what_it_leaves_out_once(folder, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train, "announce", lambda *args: None)
+    monkeypatch.setattr(train, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    (folder / "train" / "left" / "a.heic").touch()
+    (folder / "spare").mkdir()
+    assert train.main(["--quick", "--device", "cpu", "--data", str(folder)]) == 130
+    error = capsys.readouterr().err
+    assert error.count("a.heic") == 1 and error.count("not used: spare/") == 1
+
+
 def test_predictions_say_what_they_leave_out(folder, tmp_path, shipped_like, capsys):
     photos, out = tmp_path / "photos", tmp_path / "out.csv"
     photos.mkdir()
