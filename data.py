@@ -1,7 +1,7 @@
-"""Images: find, fetch or read them, as uint8 tensors.
+"""Find, fetch, read and split images, as uint8 tensors.
 
-Fashion-MNIST by default; by name, other data sets that torchvision has; or a folder of one's own,
-`train/<class>/*.png|jpg`, with optional `val/` and `test/`.
+Fashion-MNIST by default; by name, other data sets of torchvision; or an image folder,
+`train/<class>/*.png|jpg|...`, with optional `val/` and `test/`.
 """
 
 import contextlib
@@ -9,12 +9,15 @@ import gzip
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
+import unicodedata
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,32 +26,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 from torch import Generator, Tensor
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-# MD5 of the four archives: as published with the data set, and as Debian packs them anew.
-ARCHIVES = {
-    "train-images-idx3-ubyte.gz": (
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "cf8536b0aa1a6ac5fa3f23001093305c",
-    ),
-    "train-labels-idx1-ubyte.gz": (
-        "25c81989df183df01b3e8a0aad5dffbe",
-        "10bea18fdb374794d4bb42e356e600c9",
-    ),
-    "t10k-images-idx3-ubyte.gz": (
-        "bef4ecab320f06d8554ea6380940ec79",
-        "f78720b4224f21cce2f2ccf2d7a94c9a",
-    ),
-    "t10k-labels-idx1-ubyte.gz": (
-        "bb300cfdad3c16e7a12a480ee83cd310",
-        "0d30e22e447f3c33dab9ed536400ac01",
-    ),
+# Fashion-MNIST's four files, by the MD5 of their unpacked content: archives differ by who packed.
+CONTENT_MD5 = {
+    "f4a8712d7a061bf5bd6d2ca38dc4d50a": "train-images-idx3-ubyte",
+    "9018921c3c673c538a1fc5bad174d6f9": "train-labels-idx1-ubyte",
+    "8181f5470baa50b63fa0f6fddb340f0a": "t10k-images-idx3-ubyte",
+    "15d484375f8d13e6eb1aabb0c3f46965": "t10k-labels-idx1-ubyte",
 }
+FILES = tuple(CONTENT_MD5.values())
+MOST_CONTENT = 2**26  # bytes that are unpacked of one of them; the largest has 47 million
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
 CACHE_DIR = Path(__file__).resolve().parent / "data"
@@ -59,10 +52,17 @@ VALIDATION = 5000  # images held out for validation, at most a fifth, the same s
 TORCHVISION = {"mnist": "MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
 DATASETS = ("fashion-mnist", *TORCHVISION)
 FLIPPABLE = ("fashion-mnist", "cifar10", "folder")  # whose mirrored images still are of their class
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+SPLITS = {  # names of the folders in an image folder, in small or capital letters
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # formats of which PIL reads headers
+STILL = ("MPO", "PSD")  # formats whose further frames are previews or layers of the first
 CHUNK = 10_000  # images in memory at a time, for prediction; and how many bytes of them
 MOST_BYTES = 2**28
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")  # PIL's modes
+GREY = ("1", "L", "LA", *SIXTEEN_BITS)
 SIZES = (8, 512)  # of the images, smallest and largest
 
 
@@ -72,13 +72,15 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Where images are, and what a network must know of them."""
+    """Where a data set is, its classes, and the images that are made of it."""
 
     name: str  # one of DATASETS, or "folder"
     path: Path
     classes: tuple[str, ...]
-    image_size: int
-    grey: bool  # else colour
+    image_size: int  # pixels a side
+    grey: bool  # else color
+    splits: dict[str, Path] = field(default_factory=dict)  # folders of an image folder, by SPLITS
+    notes: tuple[str, ...] = ()  # lines for the user: what was left out or assumed
 
 
 # --- finding and fetching ---------------------------------------------------------------------
@@ -87,15 +89,20 @@ class Source:
 def find(
     folder: str | Path | None = None, dataset: str = "fashion-mnist", image_size: int | None = None
 ) -> Source:
-    """Where the images of `dataset` are, or one's own if `folder` has a folder train/ or test/.
+    """The data set `dataset`, or the image folder `folder` if it has a folder of SPLITS.
 
-    Fashion-MNIST: `folder`, else Debian's, else what is or was downloaded. `image_size` is what
-    images are resized to (default: as they are, one's own to 28). Raises DataError.
+    Fashion-MNIST: in `folder`, else Debian's, else downloaded. Images are resized to `image_size`
+    pixels a side (default: their own size; 28 for an image folder). Raises DataError.
     """
     if image_size is not None and not SIZES[0] <= image_size <= SIZES[1]:
         raise DataError(f"--image-size {image_size}: possible are {SIZES[0]} to {SIZES[1]}")
-    if folder is not None and any((Path(folder) / split).is_dir() for split in ("train", "test")):
-        return _folder_source(Path(folder), image_size or 28)
+    if folder is not None and (splits := _splits(Path(folder))):
+        if dataset != "fashion-mnist":
+            raise DataError(
+                f"--dataset {dataset}: {folder} is an image folder ({_names(splits.values())}); "
+                "give --dataset or --data, not both"
+            )
+        return _folder_source(Path(folder), splits, image_size or 28)
     if dataset == "fashion-mnist":
         return Source(dataset, _find_fashion_mnist(folder), CLASSES, image_size or 28, grey=True)
     path = CACHE_DIR if folder is None else Path(folder)
@@ -105,25 +112,40 @@ def find(
 
 
 def find_for_weights(weights: str | Path, meta: dict, folder: str | Path | None = None) -> Source:
-    """Where the images are, in `folder` or else found, that weights are for of which `meta` is
-    known. Raises DataError, also if the images are of other classes."""
+    """The data set whose test images match a checkpoint: in `folder`, else in the default places.
+
+    `meta` is the checkpoint's metadata. It decides the image size, grayscale or color, and the
+    order of the classes, of which an image folder may lack some. Raises DataError, also for images
+    of other classes.
+    """
     name = meta.get("dataset", "fashion-mnist")
     if name == "folder" and folder is None:
-        raise DataError(f"{weights}: trained on own images; give IMAGES or --data")
-    source = find(folder, name if name in DATASETS else "fashion-mnist", meta["image_size"])
-    if meta["num_classes"] != len(source.classes):
-        raise DataError(
-            f"{weights}: has {meta['num_classes']} classes, the images {len(source.classes)}"
-        )
-    theirs = tuple(meta.get("classes", source.classes))
-    if theirs != source.classes:
-        raise DataError(
-            f"{weights}: is for the classes {', '.join(theirs)}, but {source.path} has "
-            f"{', '.join(source.classes)}"
-        )
+        raise DataError(f"{weights}: trained on an image folder; give IMAGES or --data")
+    if name not in DATASETS or (folder is not None and _splits(Path(folder))):
+        name = "fashion-mnist"
+    source = find(folder, name, meta["image_size"])
     if not has_split(source, "test"):
         raise DataError(f"{source.path}: has no test/; give IMAGES")
-    return source
+    theirs = tuple(unicodedata.normalize("NFC", c) for c in meta.get("classes", source.classes))
+    if "classes" not in meta and meta["num_classes"] != len(source.classes):
+        hint = "; a class without images needs an empty folder" if source.splits else ""
+        raise DataError(
+            f"{weights}: has {meta['num_classes']} classes, {source.path} has "
+            f"{len(source.classes)}{hint}"
+        )
+    known, here = set(theirs), set(source.classes)
+    fits = here <= known and len(known) == len(
+        theirs
+    )  # in an order of its own, some without images
+    if theirs != source.classes and not (source.splits and fits):
+        raise DataError(
+            f"{weights}: is for the classes {_some(theirs, 10)}, but {source.path} has "
+            f"{_some(source.classes, 10)}"
+        )
+    notes = source.notes
+    if known > here:
+        notes += (f"{source.path}: has no images of the classes {_some(sorted(known - here))}",)
+    return replace(source, classes=theirs, grey=meta.get("grey", source.grey), notes=notes)
 
 
 def _torchvision(dataset: str, path: Path, train: bool):
@@ -146,9 +168,9 @@ def _torchvision(dataset: str, path: Path, train: bool):
 
 
 def _fetching() -> filelock.FileLock:
-    """Held by the one process that may change what is in CACHE_DIR; others wait.
+    """A lock on CACHE_DIR: one process downloads, others wait.
 
-    Who holds it and finds no whole data set knows that what is there are halves.
+    Its holder may delete an incomplete data set: no other process is downloading it.
     """
     CACHE_DIR.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(CACHE_DIR.with_name(f".{CACHE_DIR.name}.lock"))
@@ -159,11 +181,8 @@ def _find_fashion_mnist(folder: str | Path | None) -> Path:
     if folder is not None:
         if found := _within(Path(folder)):
             return found
-        raise DataError(
-            f"{folder}: neither the four Fashion-MNIST files (*-ubyte.gz) nor a folder train/ are "
-            "there"
-        )
-    if found := _find_whole():
+        raise DataError(f"{folder}: {_why_not(Path(folder))}")
+    if found := _find_complete():
         return found
     reasons = []
     try:
@@ -173,7 +192,7 @@ def _find_fashion_mnist(folder: str | Path | None) -> Path:
                     fetch()
                 except Exception as error:  # whatever stops one source, the next is tried
                     reasons.append(" ".join(str(error).split())[:200])
-                if found := _find_whole():
+                if found := _find_complete():
                     return found
                 for half in (CACHE_DIR / "FashionMNIST", DEBIAN_CACHE):
                     shutil.rmtree(half, ignore_errors=True)
@@ -186,26 +205,47 @@ def _find_fashion_mnist(folder: str | Path | None) -> Path:
     )
 
 
+def _why_not(folder: Path) -> str:
+    """Why no images are found in `folder`, and what to do."""
+    if not folder.is_dir():
+        return "is not a folder" if folder.exists() else "there is no such folder"
+    places = _folders(folder)
+    needed = "neither the four Fashion-MNIST files (*-ubyte.gz) nor a folder train/ are there"
+    for place in places:
+        if _splits(place):
+            return f"{needed}; did you mean {place}?"
+    if classes := [place for place in places if image_files(place)]:
+        return f"{needed}; its folders with images ({_names(classes)}) belong into {folder}/train/"
+    return needed
+
+
 def _within(folder: Path) -> Path | None:
     """`folder`, or torchvision's layout below it, if all four files (.gz or raw) are there."""
     for place in (folder, folder / "FashionMNIST" / "raw"):
-        if all((place / name).is_file() or (place / name[:-3]).is_file() for name in ARCHIVES):
+        if all(_idx_path(place, name).is_file() for name in FILES):
             return place
     return None
 
 
-def _find_whole() -> Path | None:
-    """A folder with all four files, none damaged: Debian's, or of what was fetched before."""
+def _find_complete() -> Path | None:
+    """A folder with all four files, none cut off: Debian's, or of an earlier download."""
     for place in (DEBIAN_DIR, CACHE_DIR, CACHE_DIR / "FashionMNIST" / "raw", DEBIAN_CACHE):
-        if found := _within(place):
-            with contextlib.suppress(DataError):
-                for name in ARCHIVES:
-                    if (found / name).is_file():
-                        _read_archive(found / name)
-                    else:
-                        _read_idx(found, name, dims=3 if "images" in name else 1)
-                return found
+        if (found := _within(place)) and all(_is_complete(_idx_path(found, n)) for n in FILES):
+            return found
     return None
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether an IDX file is as long as its header says; an archive says its length at its end."""
+    try:
+        with _unpacked(path) as file:
+            start, shape = _idx_header(file.read(16))
+        with path.open("rb") as file:
+            length = file.seek(-4 if path.suffix == ".gz" else 0, os.SEEK_END)
+            length = int.from_bytes(file.read(), "little") if path.suffix == ".gz" else length
+        return length == start + math.prod(shape)
+    except (OSError, EOFError, ValueError, IndexError, zlib.error):
+        return False
 
 
 def _fetch_torchvision() -> None:
@@ -244,17 +284,17 @@ def _fetch_debian() -> None:
 
 
 def load(source: Source, split: str) -> tuple[Tensor, Tensor]:
-    """`split` "train", "val" (one's own images only) or "test", on the CPU.
+    """Images and labels of `split` "train", "val" (image folders only) or "test", on the CPU.
 
-    Returns uint8 images (N, H, H), or (N, 3, H, H) if in colour, and int64 labels (N,). Raises
-    DataError for wrong checksums, truncated files, unreadable images, ...
+    Returns uint8 images (N, H, H), or (N, 3, H, H) if in color, and int64 labels (N,). Raises
+    DataError for other or damaged files.
     """
     images, labels = zip(*iter_batches(source, split), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
 def iter_batches(source: Source, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """What `load` returns, as many at a time as `most` allows."""
+    """As `load`, in batches of `chunk_size` images."""
     if source.name == "folder":
         images, labels = _list_classes(source, split)
     elif source.name == "fashion-mnist":
@@ -271,10 +311,10 @@ def iter_batches(source: Source, split: str) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def source_files(source: Source, split: str) -> list[Path]:
-    """The files that `pieces` reads (not those of torchvision)."""
+    """The files that `iter_batches` reads, in its order (not those of torchvision)."""
     if source.name == "folder":
         return _list_classes(source, split)[0]
-    return [source.path / name for archive in ARCHIVES for name in (archive, archive[:-3])]
+    return [_idx_path(source.path, name) for name in FILES]
 
 
 def chunk_size(size: int, grey: bool) -> int:
@@ -284,32 +324,31 @@ def chunk_size(size: int, grey: bool) -> int:
 
 def has_split(source: Source, split: str) -> bool:
     """Whether there are images of `split`."""
-    return (source.path / split).is_dir() if source.name == "folder" else split != "val"
+    return split in source.splits if source.name == "folder" else split != "val"
 
 
 def digest(source: Source) -> str | None:
-    """SHA-256 over names and sizes of one's own training and validation images; else None.
+    """SHA-256 over names and sizes of an image folder's training and validation files; else None.
 
-    Whoever adds, removes or changes images has another training set, and another split of it.
+    Added, removed or changed images are another training set, and another split of it.
     """
     if source.name != "folder":
         return None
     names = hashlib.sha256()
     for split in ("train", "val"):
-        for name in source.classes if has_split(source, split) else ():
-            for path in image_files(source.path / split / name):
-                place = path.relative_to(source.path).as_posix()
-                names.update(f"{place}\0{path.stat().st_size}\n".encode())
+        for path in source_files(source, split) if has_split(source, split) else ():
+            place = os.fsencode(path.relative_to(source.path).as_posix())
+            names.update(place + f"\0{path.stat().st_size}\n".encode())
     return names.hexdigest()
 
 
 def load_train(
     source: Source, full_train: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """(images, labels) to train on, in a fixed random order, and for validation.
+    """(images, labels) to train on, in a fixed random order, and for validation, as in `load`.
 
-    Held out for validation is what `source` says, else a share of the training images; nothing
-    with `full_train`, or if the share is not one image of any class.
+    Validation images are those of `val/`, else a share of the training images that is held out;
+    None with `full_train`. Raises DataError, also if no class has an image to hold out.
     """
     images, labels = load(source, "train")
     if has_split(source, "val"):
@@ -325,15 +364,15 @@ def load_train(
             )
     if full_train:
         train, val = torch.arange(len(labels)), None
-    if full_train or has_split(source, "val"):  # one's own images come class by class
+    if full_train or has_split(source, "val"):  # image folders are sorted by class
         train = train[torch.randperm(len(train), generator=Generator().manual_seed(0))]
     kept = None if val is None or len(val) == 0 else (images[val], labels[val])
     return (images[train], labels[train]), kept
 
 
 def resize(images_u8: Tensor, size: int, grey: bool) -> Tensor:
-    """uint8 images (N, H, W) or (N, 3, H, W) as a network takes them: (N, size, size), by
-    luminance, if it knows no colours, else (N, 3, size, size)."""
+    """Resize and convert uint8 images (N, H, W) or (N, 3, H, W): to uint8 (N, size, size), colors
+    by their luminance, if `grey`, else to (N, 3, size, size)."""
     if not grey and images_u8.dim() == 3:
         images_u8 = images_u8[:, None].expand(-1, 3, -1, -1)
     if images_u8.dim() == 4 - grey and images_u8.shape[-2:] == (size, size):
@@ -354,44 +393,44 @@ def resize(images_u8: Tensor, size: int, grey: bool) -> Tensor:
 
 def _load_idx(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     prefix = {"train": "train", "test": "t10k"}[split]
-    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte.gz", dims=3)
-    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte.gz", dims=1).long()
-    if len(images) != len(labels) or images.numel() == 0:
-        raise DataError(f"{folder}: {len(images)} {split} images, but {len(labels)} labels")
-    if labels.max() >= len(CLASSES):
-        raise DataError(f"{folder}: {split} label {labels.max()}, expected 0..{len(CLASSES) - 1}")
-    return images, labels
+    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte")
+    return images, _read_idx(folder, f"{prefix}-labels-idx1-ubyte").long()
 
 
-def _read_idx(folder: Path, archive: str, dims: int) -> Tensor:
-    """One IDX file of unsigned bytes: 0, 0, 8, dims, then big-endian int32 sizes, then the data."""
-    path = folder / archive
+def _read_idx(folder: Path, name: str) -> Tensor:
+    """One of Fashion-MNIST's files; its MD5 says that its format and labels are right, too."""
+    path = _idx_path(folder, name)
+    again = "; delete it to have it fetched again" if CACHE_DIR in path.parents else ""
     try:
-        if path.is_file():
-            content = gzip.decompress(_read_archive(path))
-        else:
-            path = folder / archive[:-3]
-            content = path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    start = 4 + 4 * dims
-    if len(content) < start or content[:4] != bytes((0, 0, 8, dims)):
-        raise DataError(f"{path}: not an IDX file of {dims}-dimensional unsigned bytes")
-    shape = np.frombuffer(content, ">i4", dims, offset=4).tolist()
-    if min(shape) < 0 or math.prod(shape) != len(content) - start:
-        raise DataError(f"{path}: the header says {shape}, but {len(content) - start} bytes follow")
+        with _unpacked(path) as file:
+            content = file.read(MOST_CONTENT)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged, or cannot be read ({error}){again}") from error
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if CONTENT_MD5.get(found) != name:
+        raise DataError(
+            f"{path}: damaged, or not Fashion-MNIST's: the MD5 of its unpacked content is {found}"
+            + (again or "; other data sets: --dataset NAME, or a folder train/<class>/ of images")
+        )
+    start, shape = _idx_header(content)
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
-def _read_archive(path: Path) -> bytes:
-    """One of the archives, still packed."""
-    try:
-        packed = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    if hashlib.md5(packed).hexdigest() not in ARCHIVES[path.name]:
-        raise DataError(f"{path}: wrong MD5, the file is damaged or is not Fashion-MNIST")
-    return packed
+def _idx_path(folder: Path, name: str) -> Path:
+    """The archive of an IDX file, or the file where there is none."""
+    archive = folder / f"{name}.gz"
+    return archive if archive.is_file() else folder / name
+
+
+def _unpacked(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _idx_header(content: bytes) -> tuple[int, list[int]]:
+    """(where the data begin, their shape) of an IDX file of unsigned bytes: 0, 0, 8, the number of
+    dimensions, big-endian int32 sizes, data."""
+    start = 4 + 4 * content[3]
+    return start, np.frombuffer(content, ">i4", content[3], offset=4).tolist()
 
 
 def split_validation(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -410,44 +449,125 @@ def split_validation(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return order[~held], order[held]
 
 
-# --- image files --------------------------------------------------------------------------------
+# --- image folders ------------------------------------------------------------------------------
 
 
-def _folder_source(folder: Path, image_size: int) -> Source:
-    """One's own images: the classes are the folders in train/ (or test/), by name.
+def _splits(folder: Path) -> dict[str, Path]:
+    """The folders of an image folder, by the names of SPLITS; {} if it is none."""
+    found, folders = {}, _folders(folder) if folder.is_dir() else []
+    for split, names in SPLITS.items():
+        places = [place for place in folders if place.name.lower() in names]
+        if len(places) > 1:
+            raise DataError(
+                f"{folder}: {_names(places)} are all for the split {split}; rename or remove one"
+            )
+        if places:
+            found[split] = places[0]
+    return found
 
-    They are grey if all image files of train/ are stored as grey.
+
+def _folder_source(folder: Path, splits: dict[str, Path], image_size: int) -> Source:
+    """An image folder: the classes are the folders in train/ (or else val/ or test/), by name.
+
+    It is grayscale if all image files of that folder are stored as grayscale.
     """
-    splits = [split for split in ("train", "val", "test") if (folder / split).is_dir()]
-    first = folder / splits[0]
-    classes = sorted(place.name for place in _folders(first))
-    if len(classes) < 2:
+    found = {split: _class_folders(place) for split, place in splits.items()}
+    split, first = next(iter(splits.items()))
+    classes = tuple(found[split])
+    if len(classes) < (2 if split == "train" else 1):
         raise DataError(f"{first}: needs a folder of images for each class, at least two")
-    for split in splits[1:]:
-        for place in sorted(_folders(folder / split)):
-            if place.name not in classes:
-                raise DataError(f"{place}: there is no such class in {first}")
-    files = [path for name in classes for path in image_files(first / name)]
-    grey = {"1", "L", "LA", *SIXTEEN_BITS}.issuperset(check_files(files))
-    return Source("folder", folder, tuple(classes), image_size, grey)
+    files, others, notes = [], [], []
+    if unused := [p for p in _folders(folder) if p not in splits.values()]:
+        known = ", ".join("/".join(names) for names in SPLITS.values())
+        notes.append(f"{folder}: not used: {_names(unused)}; used are {known}")
+    for split, members in found.items():
+        loose = [p for p in sorted(splits[split].iterdir()) if p.is_file() and has_suffix(p.name)]
+        if loose := [path for path in loose if not path.name.startswith(".")]:
+            notes.append(f"left out, in no folder of a class ({len(loose)}): {_some(loose)}")
+        for name, places in members.items():
+            if name not in classes:
+                raise DataError(f"{places[0]}: there is no such class in {first}")
+            if len(places) > 1:
+                notes.append(
+                    f"{splits[split]}: {len(places)} folders are called {name}, in several Unicode "
+                    "normalization forms: taken for one class"
+                )
+            for place in places:
+                images, more = walk(place)
+                files += images
+                others += more
+        if split == next(iter(splits)):
+            in_first = len(files)
+    modes, said = inspect(files, others)
+    grey = set(GREY).issuperset(modes[:in_first])
+    return Source("folder", folder, classes, image_size, grey, splits, (*notes, *said))
+
+
+def _class_folders(place: Path) -> dict[str, list[Path]]:
+    """The folders of each class in a split's folder, by class name.
+
+    The name is in Unicode's normal form NFC: file systems and archives differ in theirs, so that a
+    class can have several folders. The order is that of torchvision's ImageFolder: sorted as text.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(_folders(place)):
+        found.setdefault(unicodedata.normalize("NFC", as_utf8(path.name)), []).append(path)
+    return dict(sorted(found.items()))
+
+
+def order_note(classes: Sequence[str]) -> list[str]:
+    """A line for the user if the order of class names is not that of the numbers in them."""
+    by_number = sorted(classes, key=lambda c: re.sub("[0-9]+", lambda n: n[0].zfill(20), c))
+    if list(classes) != sorted(classes) or list(classes) == by_number:
+        return []
+    shown = ", ".join(f"{i} is {name}" for i, name in enumerate(classes[:4]))
+    return [f"classes are in the order of their names as text: {shown}, ...; see --names"]
+
+
+def as_utf8(name: str) -> str:
+    """A file name as valid Unicode; bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _folders(place: Path) -> list[Path]:
-    return [path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    """The folders in `place`, sorted, but for hidden ones."""
+    try:
+        return sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read ({error.strerror})") from None
+
+
+def _names(folders: Sequence[Path]) -> str:
+    return _some([f"{place.name}/" for place in folders])
+
+
+def _some(items: Sequence, most: int = 5) -> str:
+    """The first of `items`, and how many more there are."""
+    items = list(items)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
 
 
 def _list_classes(source: Source, split: str) -> tuple[list[Path], Tensor]:
-    """Image files and labels of one's own `split`."""
-    files, labels = [], []
+    """Image files and labels of a split of an image folder."""
+    if split not in source.splits:
+        raise DataError(f"{source.path}: has no folder {split}/")
+    folders, files, labels = _class_folders(source.splits[split]), [], []
     for label, name in enumerate(source.classes):
-        members = image_files(source.path / split / name)
+        members = [file for place in folders.get(name, ()) for file in image_files(place)]
         if not members and split == "train":
-            raise DataError(f"{source.path / split / name}: there are no images of this class")
+            raise DataError(
+                f"{source.splits[split] / name}: there are no images of this class that Pillow "
+                "decodes; add some, or remove the folder"
+            )
         files += members
         labels += [label] * len(members)
     if not files:
-        raise DataError(f"{source.path / split}: there are no images")
+        raise DataError(f"{source.splits[split]}: there are no images")
     return files, torch.tensor(labels)
+
+
+# --- image files --------------------------------------------------------------------------------
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -455,13 +575,18 @@ def image_files(folder: Path) -> list[Path]:
 
     Links are followed, to each folder once; a folder that is not there has none. Raises DataError.
     """
+    return walk(folder)[0]
+
+
+def walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """As `image_files`, and all other files but hidden ones."""
 
     def stop(error: OSError):
         if isinstance(error, FileNotFoundError):
             return
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    files, seen = [], set()
+    images, others, seen = [], [], set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=stop):
         known = os.stat(place)
         if (known.st_dev, known.st_ino) in seen:
@@ -469,39 +594,101 @@ def image_files(folder: Path) -> list[Path]:
             continue
         seen.add((known.st_dev, known.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [
-            Path(place, name)
-            for name in names
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(files)
+        for name in names:
+            if not name.startswith("."):
+                (images if has_suffix(name) else others).append(Path(place, name))
+    return sorted(images), sorted(others)
+
+
+def has_suffix(name: str) -> bool:
+    """Whether a file name ends as those of a format that Pillow decodes."""
+    suffix = os.path.splitext(name)[1].lower()
+    Image.preinit()  # the usual formats; the others take a fifth of a second
+    if suffix not in Image.EXTENSION:
+        Image.init()
+    kind = Image.EXTENSION.get(suffix)
+    return kind in {*Image.OPEN, "MPO"} and kind not in NOT_DECODED
+
+
+def is_image(path: Path) -> bool:
+    """Whether `path` is called like an image, or its content is one that Pillow decodes."""
+    if has_suffix(path.name) or not path.is_file():  # a pipe can be read only once
+        return has_suffix(path.name)
+    try:
+        with _opened(path) as image:
+            return image.format not in NOT_DECODED
+    except Exception:  # PIL raises nearly anything for other files
+        return False
+
+
+def inspect(files: Sequence[Path], others: Sequence[Path] = ()) -> tuple[list[str], list[str]]:
+    """Read the headers of image files: their PIL modes, and lines for the user.
+
+    The lines name files with several frames or pages, and `others`, which are left out. Raises
+    DataError.
+    """
+
+    def header(path: Path) -> tuple[str, bool]:
+        with _opened(path) as image:
+            _check(image)
+            return image.mode, getattr(image, "is_animated", False) and image.format not in STILL
+
+    headers, notes = _map_files(files, header), []
+    if several := [path for path, (_, more) in zip(files, headers, strict=True) if more]:
+        notes.append(
+            f"of several frames or pages, the first is used ({len(several)}): {_some(several)}"
+        )
+    if others:
+        notes.append(f"left out, not images that Pillow decodes ({len(others)}): {_some(others)}")
+    return [mode for mode, _ in headers], notes
 
 
 def read_images(files: Sequence[Path], image_size: int, grey: bool) -> Tensor:
-    """Image files of any size and kind as uint8 (N, H, H), or (N, 3, H, H) if not `grey`.
+    """`read_image` of all `files`: uint8 (N, H, H), or (N, 3, H, H) if not `grey`.
 
-    Turned as their EXIF data says, on black where transparent, stretched to a square. Raises one
-    DataError that names the files that cannot be read.
+    Raises one DataError that names the files that cannot be read.
     """
+    return torch.cat(_map_files(files, lambda path: read_image(path, image_size, grey)))
 
-    def read(path: Path) -> Tensor:
+
+def read_image(image: Image.Image | str | Path, image_size: int, grey: bool) -> Tensor:
+    """An image as uint8 (1, H, H), or (1, 3, H, H) if not `grey`; the only reader of images.
+
+    It is turned as its EXIF data says, on black where transparent, reduced from 16 bits to the
+    highest 8, stretched to a square. Raises ValueError for other pixels, or what PIL raises.
+    """
+    if not isinstance(image, Image.Image):
+        with _opened(image) as opened:
+            return read_image(opened, image_size, grey)
+    _check(image)
+    if isinstance(image, TiffImageFile):  # Pillow 12 and 13 misread mapped files that EXIF turns
+        name, image.filename = image.filename, ""
+        image.load()
+        image.filename = name
+    image = ImageOps.exif_transpose(image)  # first: conversions drop the EXIF data
+    if image.mode in SIXTEEN_BITS:
+        image = _highest_8_bits(image)
+    elif "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image)
+    pixels = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
+    return resize((pixels if grey else pixels.permute(2, 0, 1))[None], image_size, grey)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, without PIL's warnings: of what cannot be read, it raises an error as well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         with Image.open(path) as image:
-            _check(image)
-            if image.mode in SIXTEEN_BITS:
-                image = _highest_8_bits(image)
-            elif "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-                image = Image.alpha_composite(black, image)
-            image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
-            pixels = torch.from_numpy(np.array(image))
-        return resize((pixels if grey else pixels.permute(2, 0, 1))[None], image_size, grey)
-
-    return torch.cat(_map_files(files, read))
+            yield image
 
 
 def _check(image: Image.Image) -> None:
     """Raise ValueError for pixels that would be misread."""
+    if image.format in NOT_DECODED:
+        raise ValueError(f"{image.format} is not supported")
     tags = getattr(image, "tag_v2", {})  # of TIFF
     if image.mode in ("I", "F") or tags.get(SAMPLEFORMAT, (1,))[0] != 1:
         raise ValueError("its pixels are not unsigned numbers of 8 or 16 bits")
@@ -519,17 +706,6 @@ def _highest_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
-def check_files(files: Sequence[Path]) -> list[str]:
-    """PIL's modes of image files, of which only the headers are read. Raises DataError."""
-
-    def mode(path: Path) -> str:
-        with Image.open(path) as image:
-            _check(image)
-            return image.mode
-
-    return _map_files(files, mode)
-
-
 def _map_files(files: Sequence[Path], work) -> list:
     """work(file) for all `files`; one DataError for all that it fails on."""
     done, bad = [], []
@@ -540,8 +716,7 @@ def _map_files(files: Sequence[Path], work) -> list:
             empty = path.is_file() and path.stat().st_size == 0
             bad.append(f"{path} ({'empty' if empty else ' '.join(str(error).split())[:80]})")
     if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise DataError(f"cannot be read as images: {', '.join(bad[:5])}{more}")
+        raise DataError(f"cannot be read as images: {_some(bad)}; replace or remove them")
     return done
 
 
@@ -551,7 +726,7 @@ def stream(path: Path, chunk: int) -> Iterator[Tensor]:
     Yields uint8 (n, H, W) or (n, 3, H, W). Raises DataError.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with _unpacked(path) as file:
             shape = _npy_shape(file, path) if path.suffix == ".npy" else _idx_shape(file, path)
             n, *image = shape
             if n < 1 or not all(0 < side <= 4096 for side in image):
@@ -578,7 +753,7 @@ def _idx_shape(file: BinaryIO, path: Path) -> list[int]:
     header = file.read(16)
     if len(header) < 16 or header[:4] != bytes((0, 0, 8, 3)):
         raise DataError(f"{path}: neither an image nor an IDX file of images")
-    return np.frombuffer(header, ">i4", 3, offset=4).tolist()
+    return _idx_header(header)[1]
 
 
 def _npy_shape(file: BinaryIO, path: Path) -> list[int]:

@@ -150,6 +150,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
     size, grey = meta["image_size"], meta["grey"]
     if args.data is not None or meta.get("dataset") in data.DATASETS:
         source = data.find_for_weights(args.weights, meta, args.data)
+        for note in source.notes:
+            print(f"export.py: {note}", file=sys.stderr)
         return model, meta, *data.load(source, "test"), "test images"
     shape = (NOISE, size, size) if grey else (NOISE, 3, size, size)
     generator = torch.Generator().manual_seed(0)

@@ -1,11 +1,12 @@
-"""Classify images with given weights and write the predictions as CSV.
+"""Classify images with the weights of a network and write the predictions as CSV.
 
     python predict.py -w pruned_resnet18.pth                # the Fashion-MNIST test images
     python predict.py -w pruned_resnet18.pth photos/ a.png  # your own
 
-Writes submission.csv (header id,pred) and prints the number of parameters and, where the answers
-are known, the accuracy. `-w` takes what train.py writes, and any state dict of a torchvision
-ResNet18 or ResNet50, plain or with the masks of torch.nn.utils.prune.
+Writes submission.csv (header id,pred) and prints the number of parameters and, where the labels
+are known, the accuracy. The id is the image's number in the test set, or the name of its file.
+`-w` takes a file of train.py, or any state dict of a torchvision ResNet18 or ResNet50, plain or
+with the masks of torch.nn.utils.prune.
 """
 
 import runtime  # isort: skip  # before torch, which reads what it sets
@@ -52,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder with the data set (default: found or fetched)",
+        help="folder with the data set, or an image folder with test/ (default: found or fetched)",
     )
     what.add_argument(
         "--invert",
@@ -120,79 +121,100 @@ def choose_engine(
     return wanted, inference.SparseResNet(model, size, grey)
 
 
-def gather(paths: list[Path]) -> list[tuple[Path, list[Path]]]:
-    """Each of `paths` with its image files, none for an IDX or .npy file.
+def gather(paths: list[Path]) -> tuple[list[tuple[Path, list[Path]]], list[str]]:
+    """Each of `paths` with its image files, none for an IDX or .npy file; and lines for the user.
 
-    Raises DataError for what cannot be classified, as far as headers show it.
+    Raises DataError for files that cannot be classified, as far as headers show it.
     """
-    found = []
+    found, left_out = [], []
     for path in paths:
-        files = [path] if path.suffix.lower() in data.SUFFIXES else []
         if path.is_dir():
-            files = data.image_files(path)
+            files, others = data.walk(path)
+            left_out += others
             if not files:
-                raise data.DataError(f"{path}: there are no images in this folder")
-        elif not files and (path.is_file() or not path.exists()):  # pipes can be read only once
-            next(data.stream(path, 1))
+                raise data.DataError(
+                    f"{path}: there are no images that Pillow decodes in this folder"
+                )
+        elif data.is_image(path):
+            files = [path]
+        else:
+            files = []
+            if path.is_file() or not path.exists():  # pipes can be read only once
+                next(data.stream(path, 1))
         found.append((path, files))
-    data.check_files([file for _, files in found for file in files])
-    return found
+    _, notes = data.inspect([file for _, files in found for file in files], left_out)
+    return found, notes
+
+
+def file_ids(found: list[tuple[Path, list[Path]]]) -> list[list[str]]:
+    """The ids of the image files in `found`: their names, below their folder.
+
+    If two files have the same name, the ids are all paths as they were given.
+    """
+    ids = [[f.relative_to(path) if f != path else Path(f.name) for f in fs] for path, fs in found]
+    files = [file for _, files in found for file in files]
+    if len({name for names in ids for name in names}) < len(set(files)):
+        ids = [files for _, files in found]
+    return [[data.as_utf8(name.as_posix()) for name in names] for names in ids]
 
 
 def chunks(
     found: list[tuple[Path, list[Path]]], image_size: int, grey: bool
 ) -> Iterator[tuple[list, Tensor, None]]:
-    """(ids, images, no labels) of what `gather` found, some at a time. Raises DataError.
+    """(ids, uint8 images, no labels) of the files in `found`, some at a time. Raises DataError.
 
-    The id of an image file is its name (below its folder), that of an image in an IDX or .npy file
-    its place, counted on over such files.
+    The ids of image files are those of `file_ids`, that of an image in an IDX or .npy file its
+    number, counted on over such files.
     """
     counted, most = 0, data.chunk_size(image_size, grey)
-    for path, files in found:
+    for (path, files), ids in zip(found, file_ids(found), strict=True):
         for start in range(0, len(files), most):
-            part = files[start : start + most]
-            ids = [f.relative_to(path).as_posix() if f != path else f.name for f in part]
-            yield ids, data.read_images(part, image_size, grey), None
+            part = slice(start, start + most)
+            yield ids[part], data.read_images(files[part], image_size, grey), None
         if not files:
             for images in data.stream(path, most):
-                ids = list(range(counted, counted + len(images)))
-                yield ids, data.resize(images, image_size, grey), None
+                numbers = list(range(counted, counted + len(images)))
+                yield numbers, data.resize(images, image_size, grey), None
                 counted += len(images)
 
 
 def test_images(source: data.Source) -> Iterator[tuple[list, Tensor, Tensor]]:
-    """(ids, images, labels) of the test images, some at a time. Raises DataError."""
-    counted = 0
+    """(ids, uint8 images, labels) of the test images, some at a time. Raises DataError.
+
+    The ids are numbers from 0; for an image folder, the files' names below the folder test/.
+    """
+    ids: Iterator = itertools.count()
+    if source.name == "folder":
+        ids = iter(file_ids([(source.splits["test"], data.source_files(source, "test"))])[0])
     for images_u8, labels in data.iter_batches(source, "test"):
-        yield list(range(counted, counted + len(labels))), images_u8, labels
-        counted += len(labels)
+        yield list(itertools.islice(ids, len(labels))), images_u8, labels
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Check everything that was asked for, predict, write."""
+    """Check all arguments, predict, write."""
     device = models.choose_device(args.device)
     model, meta = checkpoint.load(args.weights, device, args.stem)
     said = args.image_size, args.colour, args.stem
     assumed = checkpoint.fill_missing_meta_(meta, args.weights, *said)
-    size, grey, classes = meta["image_size"], meta["grey"], meta.get("classes")
     inputs = [args.weights, *args.images]
     if args.images:
-        found = gather(args.images)
+        found, notes = gather(args.images)
         inputs += [file for _, files in found for file in files]
-        parts = chunks(found, size, grey)
+        parts = chunks(found, meta["image_size"], meta["grey"])
+        classes = meta.get("classes") or [str(number) for number in range(meta["num_classes"])]
     else:
         source = data.find_for_weights(args.weights, meta, args.data)
         inputs += data.source_files(source, "test")
-        classes = classes or source.classes
-        parts = test_images(source)
-    classes = classes or [str(number) for number in range(meta["num_classes"])]
+        parts, classes, notes = test_images(source), source.classes, list(source.notes)
+    notes += [] if args.names else data.order_note(classes)
+    classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # of any file
     outputs = [path for path in (args.output, args.show) if path is not None]
     for i, path in enumerate(outputs):
         checkpoint.check_output(path, *outputs[:i], *inputs)
     engine, model = choose_engine(args.engine, model, meta, device)
-    parts = itertools.chain([next(parts)], parts)  # most of what is bad is found by now
-    if assumed:
-        print(f"predict.py: {assumed}", file=sys.stderr)
+    parts = itertools.chain([next(parts)], parts)  # most bad files are found by now
+    for note in [assumed, *notes] if assumed else notes:
+        print(f"predict.py: {note}", file=sys.stderr)
     done, right, seconds = write_predictions(args, model, parts, classes)
     report = {
         "weights": str(args.weights),
@@ -222,7 +244,7 @@ def predict(args: argparse.Namespace) -> None:
 def write_predictions(
     args: argparse.Namespace, model: nn.Module, parts: Iterable[tuple], classes: Sequence[str]
 ) -> tuple[int, int, float]:
-    """The CSV and, if asked for, the picture; returns images, right answers, seconds."""
+    """Write the CSV and, with --show, the picture; returns images, correct predictions, seconds."""
     done, right, seconds, shown = 0, 0, 0.0, []
     bar = tqdm(unit=" images", leave=False, disable=None)
     with checkpoint.writing(args.output) as file, bar:

@@ -292,6 +292,9 @@ def start(args: argparse.Namespace) -> None:
     name = args.name or default_name(args, settings, source)
     if Path(name).name != name or name in (".", ".."):
         raise UsageError(f"--name {name}: a name, not a path")
+    notes = [*source.notes, *data.order_note(source.classes)]
+    for note in notes if runtime.rank() == 0 else ():
+        print(f"train.py: {note}", file=sys.stderr)
     if runtime.rank() > 0:
         runtime.barrier()  # until process 0 has the folder
     folder = record.RUNS / name

@@ -1,6 +1,7 @@
 """Pictures of a run and of predictions, each as the bytes of a PNG; matplotlib stays in here."""
 
 import io
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axis import Axis
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
@@ -197,9 +200,53 @@ def _count_logarithmically(set_scale: Callable[[str], None], axis: Axis) -> None
 
 
 def _png(figure: plt.Figure) -> bytes:
+    """The picture of `figure`, in more fonts if the default one lacks characters of class names.
+
+    Says on stderr which characters no installed font has.
+    """
+    content = _draw(figure)  # which also makes the texts at the axes
+    texts = figure.findobj(Text)
+    characters = {c for text in texts for c in text.get_text() if c.isprintable()}
+    families, missing = _fonts_for(characters)
+    if families:
+        for text in texts:
+            text.set_fontfamily([*plt.rcParams["font.family"], *families])
+        content = _draw(figure)
+    plt.close(figure)
+    if unsaid := missing - _said:
+        _said.update(unsaid)
+        shown = "".join(sorted(unsaid)[:20]) + "..." * (len(unsaid) > 20)
+        print(
+            f"warning: no installed font has the characters {shown}, they are boxes in pictures; "
+            "install one that has them, such as Noto Sans CJK",
+            file=sys.stderr,
+        )
+    return content
+
+
+_said: set[str] = set()  # characters that were named: a run draws several pictures
+
+
+def _draw(figure: plt.Figure) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a class may have a name in any script
+        warnings.filterwarnings("ignore", "Glyph")  # `_png` says it, once
         figure.savefig(file, dpi=120)
-    plt.close(figure)
     return file.getvalue()
+
+
+def _fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
+    """Installed fonts that have what the default font lacks, and characters that none has."""
+    default = get_font(findfont(FontProperties()))
+    families, left = [], {c for c in characters if not default.get_char_index(ord(c))}
+    for entry in fontManager.ttflist if left else ():
+        if entry.style != "normal" or entry.name.startswith("Last Resort"):  # which has boxes only
+            continue
+        try:
+            font = get_font(entry.fname)
+        except Exception:  # whatever a damaged or removed font file raises
+            continue
+        if found := {c for c in left if font.get_char_index(ord(c))}:
+            families.append(entry.name)
+            left -= found
+    return families, left

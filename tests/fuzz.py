@@ -220,10 +220,27 @@ def image_seeds() -> dict[str, bytes]:
         file = io.BytesIO()
         np.save(file, array)
         files[name] = file.getvalue()
-    for suffix in ("png", "jpg", "gif", "bmp"):
+    turned = Image.Exif()
+    turned[0x112] = 6
+    alpha = Image.merge("LA", [Image.fromarray(images[0])] * 2)
+    frames = {"save_all": True, "append_images": [alpha]}
+    for suffix, kind, image, options in (
+        ("png", "png", alpha, {"exif": turned}),
+        ("jfif", "jpeg", alpha.convert("L"), {"exif": turned}),
+        ("gif", "gif", alpha, frames),
+        ("tiff", "tiff", alpha.convert("L"), {"exif": turned}),
+        ("tif", "tiff", alpha, frames),
+        ("webp", "webp", alpha, frames),
+        ("bmp", "bmp", alpha.convert("L"), {}),
+        ("tga", "tga", alpha, {}),
+        ("ppm", "ppm", alpha.convert("L"), {}),
+        ("pcx", "pcx", alpha.convert("L"), {}),
+        ("ico", "ico", alpha, {}),
+        ("", "png", alpha, {}),  # no suffix
+    ):
         file = io.BytesIO()
-        Image.fromarray(images[0]).save(file, {"jpg": "jpeg"}.get(suffix, suffix))
-        files[f"e.{suffix}"] = file.getvalue()
+        image.save(file, kind, **options)
+        files[os.fsdecode(b"caf\xe9.") + suffix] = file.getvalue()  # not UTF-8 either
     return files
 
 
@@ -339,7 +356,7 @@ def trial(
             outcome = attempt(["-w", str(weights), str(classified)], output)
             path.unlink()
             if outcome not in counts:
-                print(f"{title} {i} ({name}, {mutate.__name__}): {outcome}", file=sys.stderr)
+                print(f"{title} {i} ({name!a}, {mutate.__name__}): {outcome}", file=sys.stderr)
                 outcome = "failed"
             counts[outcome] += 1
     counts = table["outputs"] = {"predicted": 0, "refused": 0, "failed": 0}

@@ -3,8 +3,13 @@
 import csv
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
+import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,6 +246,11 @@ def test_all_files_that_cannot_be_read_are_named(folder, tmp_path, tiny, capsys)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("no train", "has no folder train/"),
+        ("two names", "train/, training/ are all for the split train"),
+        ("classes alone", "its folders with images (left/, middle/, right/) belong into"),
+        ("folder above", "did you mean"),
+        ("by name", "give --dataset or --data, not both"),
         ("empty class", "no images of this class"),
         ("one class", "at least two"),
         ("unknown class", "no such class in"),
@@ -249,6 +259,19 @@ def test_all_files_that_cannot_be_read_are_named(folder, tmp_path, tiny, capsys)
 )
 def test_folders_that_cannot_be_trained_on(change, message, folder, tiny, capsys):
     more = []
+    if change == "no train":
+        (folder / "train").rename(folder / "Validation")
+    if change == "two names":
+        (folder / "training").mkdir()
+    if change == "classes alone":
+        shutil.rmtree(folder / "test")
+        (folder / "train").rename(folder.parent / "classes")
+        folder = folder.parent / "classes"
+    if change == "folder above":
+        (folder.parent / "above").mkdir()
+        folder = folder.rename(folder.parent / "above" / "own").parent
+    if change == "by name":
+        more = ["--dataset", "kmnist"]
     if change == "empty class":
         (folder / "train" / "new").mkdir()
     if change == "one class":
@@ -387,7 +410,7 @@ def test_16_bits_are_their_highest_8_or_refused(tmp_path):
         with pytest.raises(data.DataError, match=path.name):
             data.read_images([path, black], 8, grey=True)
     with pytest.raises(data.DataError, match=r"float.tif.*unsigned"):
-        data.check_files(bad)  # only what headers show
+        data.inspect(bad)  # only what headers show
 
 
 def test_hidden_folders_are_skipped_and_links_followed_once(folder, tmp_path):
@@ -443,3 +466,267 @@ def test_a_bad_file_is_found_before_the_first_image_is_classified(
         assert predict.main(flags) == 2
         error = capsys.readouterr().err
         assert bad in error and error.count("\n") == 1
+
+
+# --- files and folders that others have made ------------------------------------------------------
+
+TURNS = {
+    3: Image.Transpose.ROTATE_180,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+}
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x112] = orientation
+    return {"exif": tags.tobytes()}
+
+
+def kinds_of_images():
+    """Names, images, options to save them, by which an EXIF orientation could be lost."""
+    rng = np.random.default_rng(0)
+    grey, alpha = (rng.integers(0, 256, (24, 40), dtype=np.uint8) for _ in range(2))
+    rgb = rng.integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    grey_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+    palette = Image.fromarray(rgb).quantize(16)
+    return {
+        "grey.png": (Image.fromarray(grey), {}),
+        "grey-alpha.png": (grey_alpha, {}),
+        "rgba.png": (Image.fromarray(np.dstack([rgb, alpha])), {}),
+        "palette.png": (palette, {}),
+        "transparent-color.png": (palette, {"transparency": 3}),
+        "transparent-grey.png": (Image.fromarray(grey), {"transparency": int(grey[0, 0])}),
+        "16-bits.png": (Image.fromarray(grey.astype(np.uint16) * 257), {}),
+        "16-bits.tif": (Image.fromarray(grey.astype(np.uint16) * 257), {}),
+        "grey.tif": (Image.fromarray(grey), {}),
+        "rgba.webp": (Image.fromarray(np.dstack([rgb, alpha])), {"lossless": True}),
+    }
+
+
+@pytest.mark.parametrize("name", kinds_of_images())
+def test_the_exif_orientation_turns_images_of_every_kind(name, tmp_path):
+    image, options = kinds_of_images()[name]
+    for orientation, turn in TURNS.items():
+        image.save(tmp_path / name, **options, **exif(orientation))
+        image.transpose(turn).save(tmp_path / f"turned-{name}", **options)
+        for grey in (True, False):
+            pair = [tmp_path / name, tmp_path / f"turned-{name}"]
+            read, expected = data.read_images(pair, 28, grey)
+            assert (read.int() - expected.int()).abs().max() <= 1, orientation  # WebP's own
+
+
+def test_all_that_pillow_decodes_is_read_and_the_rest_is_named(folder, tmp_path, capsys):
+    place = folder / "train" / "left"
+    for i, suffix in enumerate((".jfif", ".JPE", ".qoi", ".tga")):
+        with Image.open(place / f"{i}.png") as image:
+            image.convert("RGB").save(place / f"x{suffix.lower()}")
+        (place / f"x{suffix.lower()}").rename(place / f"x{suffix}")
+    for name in ("a.heic", "b.eps", "c.txt", ".hidden"):
+        (place / name).write_text("")
+    with Image.open(place / "0.png") as image:
+        image.save(folder / "test" / "loose.png")
+    source = data.find(folder)
+    assert data.load(source, "train")[1].bincount().tolist() == [34, 30, 30]
+    loose, left_out = source.notes
+    assert "left out, in no folder of a class (1)" in loose and "loose.png" in loose
+    assert "not images that Pillow decodes (3)" in left_out and "hidden" not in left_out
+    assert all(name in left_out for name in ("a.heic", "b.eps", "c.txt"))
+
+
+def test_a_training_says_what_it_leaves_out_once(folder, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train, "announce", lambda *args: None)
+    monkeypatch.setattr(train, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    (folder / "train" / "left" / "a.heic").touch()
+    (folder / "spare").mkdir()
+    assert train.main(["--quick", "--device", "cpu", "--data", str(folder)]) == 130
+    error = capsys.readouterr().err
+    assert error.count("a.heic") == 1 and error.count("not used: spare/") == 1
+
+
+def test_predictions_say_what_they_leave_out(folder, tmp_path, shipped_like, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out.csv"
+    photos.mkdir()
+    with Image.open(folder / "test" / "left" / "0.png") as image:
+        image.save(photos / "a.jpg")
+        (photos / "a.jpg").rename(photos / "a.jfif")
+        image.save(photos / "b.gif", save_all=True, append_images=[image.rotate(90)])
+        image.save(photos / "c.tif", save_all=True, append_images=[image.rotate(90)])
+        image.save(photos / "d.tif")
+        image.save(photos / "e.png")
+    (photos / "e.png").rename(tmp_path / "upload")  # no suffix, but given by name
+    (photos / "f.heic").touch()
+    flags = ["-w", str(shipped_like), "-o", str(out), str(photos), str(tmp_path / "upload")]
+    assert predict.main(flags) == 0
+    error = capsys.readouterr().err
+    assert [row["id"] for row in read_rows(out)] == ["a.jfif", "b.gif", "c.tif", "d.tif", "upload"]
+    frames, left_out = error.splitlines()[-2:]
+    assert (
+        "several frames or pages, the first is used (2)" in frames
+        and "b.gif" in frames
+        and "c.tif" in frames
+    )
+    assert "left out, not images that Pillow decodes (1)" in left_out and "f.heic" in left_out
+
+
+def test_an_image_of_a_format_without_a_decoder_is_refused(tmp_path):
+    """As EPS, which needs a program that could do more than draw."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (9, 9)).save(path, "eps")
+    with pytest.raises(data.DataError, match="EPS is not supported"):
+        data.read_images([path], 28, grey=True)
+
+
+@pytest.mark.parametrize(
+    "names", [("training", "valid", "testing"), ("TRAIN", "Validation", "Test")]
+)
+def test_usual_names_of_the_splits_are_known_and_other_folders_named(names, folder):
+    shutil.copytree(folder / "test", folder / names[1])
+    (folder / "train").rename(folder / names[0])
+    (folder / "test").rename(folder / names[2])
+    (folder / "extra").mkdir()
+    source = data.find(folder)
+    assert len(data.load_train(source, full_train=False)[1][1]) == 18
+    assert data.has_split(source, "test") and len(data.load(source, "test")[1]) == 18
+    (note,) = source.notes
+    assert "not used: extra/" in note
+
+
+def names_of(split):
+    """How the folders of the classes of a split are really called."""
+    return sorted(os.fsencode(path.name) for path in split.iterdir())
+
+
+def test_one_name_in_two_unicode_forms_is_one_class(folder):
+    composed = "caf\u00e9"
+    apart = unicodedata.normalize("NFD", composed)
+    assert composed != apart
+    (folder / "train" / "left").rename(folder / "train" / composed)
+    (folder / "train" / "middle").rename(folder / "train" / apart)
+    (folder / "test" / "left").rename(folder / "test" / apart)
+    shutil.rmtree(folder / "test" / "middle")
+    if len(names_of(folder / "train")) == 2:
+        pytest.skip("this file system knows one form only")
+    source = data.find(folder)
+    assert source.classes == (composed, "right")
+    assert data.load(source, "train")[1].bincount().tolist() == [60, 30]
+    assert data.load(source, "test")[1].bincount().tolist() == [6, 6]
+    assert "taken for one class" in source.notes[0]
+
+
+@pytest.fixture
+def not_utf8(folder):
+    """The same with names of files and a class in Latin-1."""
+    bad = os.fsdecode(b"caf\xe9")
+    (folder / "train" / "left").rename(folder / "train" / bad)
+    (folder / "test" / "left").rename(folder / "test" / bad)
+    (folder / "train" / bad / "0.png").rename(folder / "train" / bad / f"{bad}.png")
+    (folder / "test" / bad / "0.png").rename(folder / "test" / bad / f"{bad}.png")
+    return folder
+
+
+def test_a_folder_with_names_that_are_not_utf8_can_be_trained_on(not_utf8, tiny):
+    folder, source = not_utf8, data.find(not_utf8)
+    assert source.classes[0] == "caf\\xe9" and data.digest(source)
+    assert train.check(train.parse([*tiny, "--data", str(folder)]), source)
+
+
+def test_names_that_are_not_utf8_are_escaped_in_the_csv(not_utf8, tmp_path, shipped_like):
+    out = tmp_path / "out.csv"
+    show = ["--show", str(tmp_path / "sheet.png")]
+    flags = ["-w", str(shipped_like), "-o", str(out), *show, str(not_utf8 / "test")]
+    assert predict.main(flags) == 0
+    assert "caf\\xe9/caf\\xe9.png" in [row["id"] for row in read_rows(out)]
+
+
+def test_names_in_a_locale_without_utf8(folder):
+    (folder / "train" / "left").rename(folder / "train" / "\u77ed\u8896")
+    (folder / "test" / "left").rename(folder / "test" / "\u77ed\u8896")
+    code = "import data; s = data.find('own'); print(ascii(s.classes), data.digest(s))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder.parent,
+        env=os.environ
+        | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(Path(data.__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    source = data.find(folder)
+    expected = f"{source.classes!a} {data.digest(source)}\n"
+    assert printed.stdout == expected, printed.stderr
+
+
+def test_numbers_as_names_of_classes_are_said_to_be_sorted_as_text(tmp_path):
+    place = tmp_path / "numbers"
+    for n in range(1, 12):
+        (place / "train" / f"{n}").mkdir(parents=True)
+        Image.new("L", (8, 8)).save(place / "train" / f"{n}" / "0.png")
+    (note,) = data.order_note(data.find(place).classes)
+    assert "0 is 1, 1 is 10, 2 is 11, 3 is 2" in note
+    for n in range(1, 10):
+        (place / "train" / f"{n}").rename(place / "train" / f"{n:02}")
+    assert data.order_note(data.find(place).classes) == []
+    assert data.order_note(data.CLASSES) == data.order_note(["b10", "b9", "a"]) == []
+
+
+# --- the weights' classes and images ------------------------------------------------------------
+
+
+def weights_for(path, classes, **meta):
+    """A network that says what it is for."""
+    torch.manual_seed(0)
+    model = models.build("resnet18", len(classes))
+    known = {"arch": "resnet18", "num_classes": len(classes), "classes": list(classes)}
+    known |= {"dataset": "folder", "image_size": 28, "grey": True, **meta}
+    checkpoint.save(path, model, known)
+    return path
+
+
+@pytest.fixture
+def predicted(tmp_path, capsys, narrow):
+    """Rows of the CSV of `predict.py --data folder`, and both streams."""
+
+    def predicted(folder, classes, **meta):
+        weights, out = weights_for(tmp_path / "w.pth", classes, **meta), tmp_path / "out.csv"
+        code = predict.main(["-w", str(weights), "-o", str(out), "--data", str(folder), "--names"])
+        written = capsys.readouterr()
+        return read_rows(out) if code == 0 else code, written.out, written.err
+
+    return predicted
+
+
+def test_the_weights_decide_the_order_of_the_classes(folder, predicted):
+    rows, printed, _ = predicted(folder, ["right", "left", "middle"])
+    assert [row["id"] for row in rows[:2]] == ["right/0.png", "right/1.png"]  # in their order
+    hits = sum(row["id"].startswith(row["pred"] + "/") for row in rows)
+    assert len(rows) == 18 and f"test accuracy {hits / 18:.2%}" in printed
+
+
+def test_test_images_alone_may_lack_a_class(folder, predicted):
+    shutil.rmtree(folder / "train")
+    shutil.rmtree(folder / "test" / "middle")
+    rows, _, error = predicted(folder, ["left", "middle", "right"])
+    assert len(rows) == 12 and "has no images of the classes middle" in error
+    code, _, error = predicted(folder, ["left", "middle", "wrong"])
+    assert code == 2 and "is for the classes left, middle, wrong" in error and "right" in error
+
+
+def test_the_weights_decide_whether_images_are_grey(folder, predicted, monkeypatch):
+    for path in data.image_files(folder):
+        with Image.open(path) as image:
+            image.convert("RGB").save(path)
+    shapes, infer = [], models.infer
+    monkeypatch.setattr(models, "infer", lambda m, x, *a: shapes.append(x.shape) or infer(m, x, *a))
+    for grey in (True, False):
+        predicted(folder, ["left", "middle", "right"], grey=grey)
+    assert [len(shape) for shape in shapes] == [3, 4]
+
+
+def test_images_of_one_name_in_two_folders_have_ids_of_their_own(folder, tmp_path, shipped_like):
+    out = tmp_path / "out.csv"
+    places = [str(folder / "test" / name) for name in ("left", "right")]
+    assert predict.main(["-w", str(shipped_like), "-o", str(out), *places]) == 0
+    ids = [row["id"] for row in read_rows(out)]
+    assert ids == [f"{place}/{i}.png" for place in places for i in range(6)]
+    assert predict.main(["-w", str(shipped_like), "-o", str(out), places[0]]) == 0
+    assert [row["id"] for row in read_rows(out)] == [f"{i}.png" for i in range(6)]

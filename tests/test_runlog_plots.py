@@ -44,8 +44,22 @@ def test_pictures_are_drawn_without_a_word(metrics, caplog, capfd, monkeypatch, 
     with caplog.at_level(logging.WARNING):
         plots.curves(metrics)
         plots.layers({"conv1.weight": 20}, {"conv1.weight": 9408})
-        plots.confusion(None, torch.arange(2), torch.eye(2), ["短袖", "鞋"])
+        plots.confusion(None, torch.arange(2), torch.eye(2), ["Pied-de-poule", "Größe"])
     assert not caplog.records and not recwarn.list and capfd.readouterr() == ("", "")
+
+
+def test_characters_are_drawn_in_a_font_that_has_them_or_named_once(monkeypatch, capfd):
+    """U+1D84 is in STIX, which matplotlib brings, and not in its default font."""
+    monkeypatch.setattr(plots, "_said", set())
+    fonts = [font for font in plots.fontManager.ttflist if font.name[:4] in ("Deja", "STIX")]
+    monkeypatch.setattr(plots.fontManager, "ttflist", fonts)
+    plots.confusion(None, torch.arange(2), torch.eye(2), ["\u1d84", "b"])
+    assert capfd.readouterr() == ("", "")
+    for _ in range(2):
+        plots.confusion(None, torch.arange(2), torch.eye(2), ["短袖", "鞋"])
+    error = capfd.readouterr().err
+    assert error.startswith("warning: no installed font has the characters 短袖鞋, they")
+    assert error.count("\n") == 1
 
 
 def test_the_stages_are_named_above_the_curves(metrics, monkeypatch):
