@@ -8,6 +8,15 @@ are known, the accuracy. `-w` takes what train.py writes, and any state dict of 
 ResNet18 or ResNet50, plain or with the masks of torch.nn.utils.prune.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    import os
+    import signal
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # PYTHONSAFEPATH left it out
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of imports
+
 import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
@@ -17,6 +26,7 @@ import itertools
 import json
 import sys
 import time
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -189,6 +199,12 @@ def predict(args: argparse.Namespace) -> None:
     outputs = [path for path in (args.output, args.show) if path is not None]
     for i, path in enumerate(outputs):
         checkpoint.check_output(path, *outputs[:i], *inputs)
+    # Standard output has the predictions alone, if they go there.
+    occupied = any(map(checkpoint.is_stdout, outputs))
+    if args.json and not occupied:  # there, the JSON is a result, and no message
+        checkpoint.check_output(checkpoint.output_path("-"))
+    if args.show:
+        _import_plots()
     engine, model = choose_engine(args.engine, model, meta, device)
     parts = itertools.chain([next(parts)], parts)  # most of what is bad is found by now
     if assumed:
@@ -208,6 +224,9 @@ def predict(args: argparse.Namespace) -> None:
     }
     if args.json:
         text = json.dumps(report)
+        if not occupied:
+            checkpoint.write(checkpoint.output_path("-"), f"{text}\n")
+            return
     else:
         accuracy = "" if args.images else f"test accuracy {right / done:.2%}"
         accuracy += " with mirror images, " if accuracy and args.tta else ", " if accuracy else ""
@@ -215,8 +234,16 @@ def predict(args: argparse.Namespace) -> None:
             f"{meta['arch']}, {meta['parameters']:,} parameters: {accuracy}{done:,} images in "
             f"{seconds:.1f} s on {device.type} ({engine}), predictions in {args.output}"
         )
-    # Standard output has the predictions alone, if they go there.
-    print(text, file=sys.stderr if any(map(checkpoint.is_stdout, outputs)) else sys.stdout)
+    print(text, file=sys.stderr if occupied else sys.stdout)
+
+
+def _import_plots() -> types.ModuleType:
+    """matplotlib takes a second, and a folder for its cache. Raises CheckpointError."""
+    try:
+        from runlog import plots
+    except OSError as error:
+        raise checkpoint.CheckpointError(f"--show: {error}") from None
+    return plots
 
 
 def write_predictions(
@@ -252,10 +279,8 @@ def write_predictions(
             done += len(ids)
             bar.update(len(ids))
     if args.show:
-        from runlog import plots  # matplotlib takes a second
-
         images, titles = zip(*shown, strict=True)
-        checkpoint.write(args.show, plots.sheet(torch.stack(images), titles))
+        checkpoint.write(args.show, _import_plots().sheet(torch.stack(images), titles))
     return done, right, seconds
 
 

@@ -12,6 +12,15 @@ with a run that was stopped. Validation images, held out of the training set, ch
 is measured once, at the end.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    import os
+    import signal
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # PYTHONSAFEPATH left it out
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of imports
+
 import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
@@ -19,7 +28,6 @@ import contextlib
 import functools
 import hashlib
 import math
-import signal
 import statistics
 import sys
 import time
@@ -517,7 +525,6 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with runtime.process_group(args.device):
             start(args)
@@ -537,8 +544,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     return 0
 
 

@@ -64,11 +64,13 @@ def test_commands_that_differ_by_their_seed_only_are_one_in_the_tables():
     assert "x-seed1/" in flags("0", three, "runs/x-seed1/a.pth")
 
 
-def test_both_environments_list_the_same_dependencies():
+def test_all_environments_list_the_same_dependencies():
     """Read with regular expressions: Python 3.10 has no TOML reader, and YAML is no dependency."""
     project = (ROOT / "pyproject.toml").read_text()
     (block,) = re.findall(r"^dependencies = \[(.*?)^\]", project, re.S | re.M)
     pip = set(re.findall(r'"([^"]+)"', block))
+    plain = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(plain[1:]) == pip and plain[0].startswith("#")
     listed = (ROOT / "environment.yml").read_text().split("dependencies:")[1]
     conda = set(re.findall(r"^  - (.+)$", listed, re.M))
     names = {"pytorch": "torch"}  # conda-forge's name: PyPI's

@@ -25,6 +25,7 @@ import models  # isort: skip  (first: it imports less of torchvision)
 import data
 import distill
 import prune
+import runtime
 import train
 from runlog import plots, record
 
@@ -179,4 +180,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runtime.run(main))
