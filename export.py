@@ -11,6 +11,15 @@ meet padding. The C file has only the weights that are not zero. Both take uint8
 and give logits, which are compared with PyTorch's before the file gets its name.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    import os
+    import signal
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # PYTHONSAFEPATH left it out
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of imports
+
 import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
@@ -161,18 +170,21 @@ def export_onnx(args: argparse.Namespace) -> None:
     """Check everything that was asked for, export, compare, write."""
     output = args.output or args.weights.with_suffix(".onnx")
     checkpoint.check_output(output, args.weights)
+    tempfile.gettempdir()  # PyTorch's exporter needs one; raises OSError
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed: uv run --group export ...") from None
     model, meta, images_u8, _, what = load(args)
-    slim = to_onnx(ExportModel(model, meta["image_size"], meta["grey"]).eval(), images_u8[:2])
+    # Two images: of one, the exporter takes the batch size for a constant.
+    example = images_u8[:1].repeat(2, *[1] * (images_u8.dim() - 1))
+    slim = to_onnx(ExportModel(model, meta["image_size"], meta["grey"]).eval(), example)
     logits, speed = run_onnx(slim, images_u8)
     expected = models.infer(model, images_u8)
     difference = check(logits, expected)
     checkpoint.write(output, slim)
-    stock = to_onnx(ReferenceModel(model).eval(), images_u8[:2])
+    stock = to_onnx(ReferenceModel(model).eval(), example)
     _, stock_speed = run_onnx(stock, images_u8)
     say(
         output,
@@ -203,7 +215,10 @@ def compiler() -> list[str] | None:
 
 
 class CLibrary:
-    """A C file of `c_source.CSource`, compiled for this machine and loaded. Raises ExportError."""
+    """A C file of `c_source.CSource`, compiled for this machine and loaded.
+
+    Raises ExportError if it cannot be compiled, OSError if the temporary folder cannot be used.
+    """
 
     def __init__(self, text: str, name: str, classes: int):
         self.classes = classes
@@ -218,11 +233,7 @@ class CLibrary:
             else:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise ExportError(f"{command[0]} cannot compile the C file: {reason}")
-            try:
-                loaded = ctypes.CDLL(str(library))
-            except OSError as error:
-                raise ExportError(f"the compiled C file cannot be loaded: {error}") from None
-            self._logits = getattr(loaded, f"{name}_logits")
+            self._logits = getattr(ctypes.CDLL(str(library)), f"{name}_logits")
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
     def __call__(self, images_u8: Tensor) -> Tensor:
@@ -263,15 +274,22 @@ def export_c(args: argparse.Namespace) -> None:
         accuracy = models.accuracy(expected, labels)
         notes.append(f"Accuracy on the {len(labels):,} test images: {accuracy:.2%}.")
     text = source.text()
-    checked = ""
+    checked, library = "not compared with PyTorch, there is no C compiler", None
     if compiler():
-        logits = CLibrary(text, name, meta["num_classes"])(images_u8)
+        try:
+            library = CLibrary(text, name, meta["num_classes"])
+        except OSError as error:  # as on a read-only or noexec file system
+            checked = (
+                f"not compared with PyTorch, the temporary folder does not serve ({error}); name "
+                "another in TMPDIR"
+            )
+    if library:
+        logits = library(images_u8)
         difference = check(logits, expected)
         checked = f"{same(logits, stock)} {what} as in PyTorch, logits within {difference:.0e}"
         checked += " of the rounded network's" if args.bits < 32 else ""
         checked += accuracies(labels, logits)
     checkpoint.write(output, text)
-    checked = checked or "not compiled and compared, there is no C compiler"
     sizes = (
         f"{source.table_bytes / 1000:,.0f} kB of tables, {source.memory_bytes / 1000:,.0f} kB RAM"
     )
