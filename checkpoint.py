@@ -66,7 +66,7 @@ FOREIGN_DTYPES = (  # of third-party weights, masks and counters
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.bool, torch.uint8, torch.int32, torch.int64,
 )  # fmt: skip
-# Bytes are modelled one by one (lc=0, pb=0): neighbouring weights are independent.
+# Bytes are modelled one by one (lc=0, pb=0): neighboring weights are independent.
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "pb": 0, "dict_size": 2**20}]
 # Entries of third-party state dicts that are not the network's: AveragedModel's, a criterion's.
 NOT_WEIGHTS = re.compile(r"n_averaged$|(\w*_)?(criterion|loss|metric)", re.I)
@@ -79,8 +79,13 @@ ALONE = "torch.save(model.state_dict(), 'weights.pth')"
 class CheckpointError(Exception):
     """A file that cannot be used; the message is one line for the user."""
 
-    def __init__(self, message: str):  # names of files and tensors can hold anything
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+    def __init__(self, message: str):
+        super().__init__(_printable(message))
+
+
+def _printable(text: str) -> str:
+    """`text` on one line: names of files and tensors can hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 # --- outputs --------------------------------------------------------------------------------------
@@ -441,9 +446,8 @@ def fill_missing_meta_(
 ) -> str | None:
     """Complete the `meta` of the file at `path` in place: image size (28) and grey or colour.
 
-    Returns a line for the user on everything that was assumed, and removes "ignored" from `meta`
-    for another one; None if there is nothing to say. Raises CheckpointError if file and user
-    disagree.
+    Returns a line for the user on everything that was assumed or ignored, else None. Raises
+    CheckpointError if file and user disagree.
     """
     if image_size is not None and not data.SIZES[0] <= image_size <= data.SIZES[1]:
         raise CheckpointError(
@@ -464,9 +468,15 @@ def fill_missing_meta_(
         notes.append(
             f"{path} does not say what images it is for: taken to be {_images(meta)}{guess}"
         )
-    if ignored := meta.pop("ignored", None):
-        notes.append(f"{path} also holds {ignored}, which is ignored")
+    if note := pop_ignored_(meta, path):
+        notes.append(note)
     return "; ".join(notes) or None
+
+
+def pop_ignored_(meta: dict, path: str | Path) -> str | None:
+    """A line for the user on what `load` ignored in the file at `path`; None if nothing."""
+    ignored = meta.pop("ignored", None)
+    return ignored and f"{path} also holds {ignored}, which is ignored"
 
 
 def _images(meta: dict) -> str:
@@ -474,7 +484,7 @@ def _images(meta: dict) -> str:
 
 
 class _Broken(Exception):
-    """Parts of a file do not fit together."""
+    """The parts of a file do not fit together."""
 
 
 def _require(condition: bool) -> None:
@@ -516,6 +526,7 @@ def _checked_meta(path: str | Path, content: dict) -> dict:
     meta = content.get("meta")
     _require(isinstance(meta, dict) and type(meta.get("num_classes")) is int)
     _require(0 < meta["num_classes"] <= MAX_CLASSES)
+    meta.pop("ignored", None)  # nothing is, in these files
     kinds = {
         "budget": int,
         "parameters": int,
@@ -642,7 +653,7 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
     meta = {"arch": arch, "num_classes": len(fc), "stem": stem}
     if ignored:
         more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
-        meta["ignored"] = ", ".join(ignored[:5]) + more
+        meta["ignored"] = _printable(", ".join(ignored[:5]) + more)
     return model, meta
 
 

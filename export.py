@@ -1,14 +1,14 @@
-"""Write a network as ONNX, as one C file, or as a weights file of fewer bits.
+"""Export a network as ONNX, as one C file, or as a weights file with fewer bits per weight.
 
     uv run --group export export.py -w pruned_resnet18.pth     # writes pruned_resnet18.onnx
     uv run export.py -w pruned_resnet18.pth --c                # writes pruned_resnet18.c
     uv run export.py -w pruned_resnet18.pth --bits 8           # writes pruned_resnet18-8bit.pth
     uv run export.py -w pruned_resnet18.pth --c --bits 8       # writes pruned_resnet18-8bit.c
 
-ONNX has no sparse convolution, so what zeros are left are stored and multiplied. But BatchNorm is
-folded into the convolutions, channels that nobody reads go, and so do kernel taps that only ever
-meet padding. The C file has only the weights that are not zero. Both take uint8 images as they are,
-and give logits, which are compared with PyTorch's before the file gets its name.
+ONNX has no sparse convolution, so zero weights are stored and multiplied. BatchNorm is folded into
+the convolutions; dead channels, and kernel positions that see only padding, are removed. The C file
+holds only the non-zero weights. Both take uint8 images and return logits, which are compared with
+PyTorch's before the file gets its name.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -44,8 +44,8 @@ import models
 import prune
 from engine import c_source, rewrite
 
-TOLERANCE = 1e-4  # between PyTorch's logits and the export's, as a share of the largest
-NOISE = 1000  # random images to check with, where there are no others
+TOLERANCE = 1e-4  # largest difference from PyTorch's logits, relative to the largest of them
+NOISE = 1000  # random images to check with, where there are no test images
 
 
 class ExportError(Exception):
@@ -53,13 +53,13 @@ class ExportError(Exception):
 
 
 class ExportModel(nn.Module):
-    """A torchvision ResNet's function of uint8 images, without what cannot matter to it."""
+    """A torchvision ResNet from uint8 images to logits, without its unreachable weights."""
 
     def __init__(self, model: nn.Module, image_size: int, grey: bool):
         super().__init__()
         self.grey = grey
         self.model = rewrite.fold_batchnorm(model).cpu().float().requires_grad_(False)
-        if grey:  # three equal channels are one
+        if grey:  # the three channels are equal: their weights are summed
             conv = self.model.conv1
             rewrite.replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
         rewrite.remove_channels_(self.model)
@@ -71,7 +71,7 @@ class ExportModel(nn.Module):
 
 
 def to_onnx(module: nn.Module, example: Tensor) -> bytes:
-    """`module` as an ONNX file, for any number of images."""
+    """`module` as an ONNX file, for any batch size; `example`: at least two images."""
     file = io.BytesIO()
     program = torch.onnx.export(
         module,
@@ -87,7 +87,7 @@ def to_onnx(module: nn.Module, example: Tensor) -> bytes:
 
 
 def run_onnx(onnx: bytes, images_u8: Tensor, batch: int = 250) -> tuple[Tensor, float]:
-    """Logits of an exported file by onnxruntime, and images per second."""
+    """Logits, float32 (N, classes), of an ONNX file in onnxruntime, and images per second."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(onnx)
@@ -99,7 +99,7 @@ def run_onnx(onnx: bytes, images_u8: Tensor, batch: int = 250) -> tuple[Tensor, 
 
 
 class ReferenceModel(nn.Module):
-    """The network as it is, of uint8 images: what the export is compared with."""
+    """The unchanged network from uint8 images to logits: exports are compared with it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -110,7 +110,7 @@ class ReferenceModel(nn.Module):
 
 
 def export_bits(args: argparse.Namespace) -> None:
-    """The same weights file with values of fewer bits, and what that changes."""
+    """Write the weights with fewer bits, and print how size and predictions change."""
     output = args.output or args.weights.with_name(f"{args.weights.stem}-{args.bits}bit.pth")
     checkpoint.check_output(output, args.weights)
     model, meta, images_u8, labels, what = load(args)
@@ -130,17 +130,17 @@ def export_bits(args: argparse.Namespace) -> None:
 
 
 def say(output: Path, text: str) -> None:
-    """Print what was done, where it does not mix with the file."""
+    """Print a message, on standard error if the file goes to standard output."""
     print(text, file=sys.stderr if checkpoint.is_stdout(output) else sys.stdout)
 
 
 def same(logits: Tensor, expected: Tensor) -> str:
-    """How many predictions are equal."""
+    """How many predictions are equal, as text."""
     return f"{int((logits.argmax(1) == expected.argmax(1)).sum()):,} of {len(logits):,}"
 
 
 def accuracies(labels: Tensor | None, *logits: Tensor) -> str:
-    """Accuracies before and after, if the answers are known."""
+    """Test accuracies before and after, as text; "" without labels."""
     if labels is None:
         return ""
     before, *after = (f"{models.accuracy(part, labels):.2%}" for part in logits)
@@ -148,8 +148,10 @@ def accuracies(labels: Tensor | None, *logits: Tensor) -> str:
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | None, str]:
-    """A network, what is known of it, and what it can be checked with: images, labels, what they
-    are. The test images, or noise if they were somebody's own and are not given."""
+    """(model, meta, images, labels, their name): the network, and images to check the export with.
+
+    These are the test images. Of a custom data set without --data, they are random, without labels.
+    """
     model, meta = checkpoint.load(args.weights, stem=args.stem)
     assumed = checkpoint.fill_missing_meta_(
         meta, args.weights, args.image_size, args.colour, args.stem
@@ -167,7 +169,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
 
 
 def export_onnx(args: argparse.Namespace) -> None:
-    """Check everything that was asked for, export, compare, write."""
+    """Check all flags, export, compare with PyTorch, write."""
     output = args.output or args.weights.with_suffix(".onnx")
     checkpoint.check_output(output, args.weights)
     tempfile.gettempdir()  # PyTorch's exporter needs one; raises OSError
@@ -175,7 +177,10 @@ def export_onnx(args: argparse.Namespace) -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"{error.name} is not installed: uv run --group export ...") from None
+        raise ExportError(
+            f"{error.name} is not installed: uv run --group export ..., or pip install onnx "
+            "onnxscript onnxruntime"
+        ) from None
     model, meta, images_u8, _, what = load(args)
     # Two images: of one, the exporter takes the batch size for a constant.
     example = images_u8[:1].repeat(2, *[1] * (images_u8.dim() - 1))
@@ -196,7 +201,7 @@ def export_onnx(args: argparse.Namespace) -> None:
 
 
 def check(logits: Tensor, expected: Tensor) -> float:
-    """The largest difference. Raises ExportError if it is more than TOLERANCE, or NaN."""
+    """The largest difference; raises ExportError if it exceeds TOLERANCE or is NaN."""
     difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE * max(float(expected.abs().max()), 1):
         raise ExportError(f"the export differs by {difference:.1e} in a logit; nothing was written")
@@ -251,7 +256,7 @@ def c_file(
 ) -> tuple[nn.Module, c_source.CSource]:
     """(the network as the C file computes it, the C file's source)."""
     size, grey = meta["image_size"], meta["grey"]
-    if bits < 32:  # rounded is what is used: dead taps and unused channels would set scales
+    if bits < 32:  # only weights in use are quantized: others could determine scales
         model = rewrite.untrimmed(rewrite.trim_(copy.deepcopy(model), size))
         if grey:
             prune.merge_grey_input_(model)
@@ -301,8 +306,8 @@ def export_c(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Write a network as ONNX, without channels and kernel taps that cannot matter, "
-        "as one C file without its zeros, or as a weights file of fewer bits."
+        description="Export a network as ONNX without its dead channels, as one C file without its "
+        "zero weights, or as a weights file with fewer bits per weight."
     )
     parser.add_argument(
         "-w", "--weights", type=Path, required=True, metavar="FILE", help="weights of a ResNet"
@@ -315,10 +320,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--c", action="store_true", help="C99 instead of ONNX")
     parser.add_argument(
         "--bits", type=int, default=32, choices=checkpoint.BITS, metavar="N",
-        help="bits of a weight, 2 to 8 or 16, in a weights file instead of ONNX, or in C",
+        help="bits per weight, 2 to 8 or 16: writes a weights file, or with --c a C file",
     )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder with the images that it is checked with"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data set whose test images check the export",
     )
     checkpoint.add_image_flags(parser)
     args = parser.parse_args(argv)

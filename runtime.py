@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -119,6 +120,7 @@ def run(main: Callable[[], int]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _open_streams()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no advice on its cache folder
+    tqdm.monitor_interval = 0  # no thread that watches the bars
     try:
         try:
             return main()
@@ -132,10 +134,14 @@ def run(main: Callable[[], int]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         return 141
     except (OSError, RuntimeError) as error:
-        text = str(error)
-        if "start new thread" in text:
+        if isinstance(error, OSError):
+            known = [str(part) for part in (error.filename, error.strerror) if part]
+            text = ": ".join(known) or str(error)
+            if "temporary directory" in text:  # torch, matplotlib and exports need one
+                text += "; set TMPDIR to a folder that can be written"
+        elif "start new thread" in str(error):
             text = "the system allows no more threads (ulimit -u); set OMP_NUM_THREADS to fewer"
-        elif isinstance(error, RuntimeError):
+        else:
             raise
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         return 2
@@ -172,9 +178,9 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Within: the processes that torchrun started, if it did, work as one on "cuda" or the CPU.
+    """Within: the processes that torchrun started, if any, form a group on "cuda" or the CPU.
 
-    Raises ParallelError.
+    Raises ParallelError if torchrun's variables are incomplete.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -196,13 +202,13 @@ def process_group(device: str) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def world_size() -> int:
-    """How many processes train together (torchrun); each has the whole batch and trains a share."""
+    """How many processes train together (torchrun)."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -212,7 +218,7 @@ def rank() -> int:
 
 
 def local_shard(batch: Tensor) -> Tensor:
-    """The part of a batch that this process trains on."""
+    """The part of a batch, (N, ...), that this process trains on."""
     return batch if world_size() == 1 else batch.tensor_split(world_size())[rank()]
 
 

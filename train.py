@@ -480,6 +480,8 @@ def check(args: argparse.Namespace, source: data.Source) -> tuple[str, dict, int
     for stage, given in files.items():
         for path in getattr(args, stage) or []:
             network, meta = checkpoint.load(path)
+            if (note := checkpoint.pop_ignored_(meta, path)) and runtime.rank() == 0:
+                print(f"train.py: warning: {note}", file=sys.stderr)
             given[str(path.resolve())] = hashlib.sha256(path.read_bytes()).hexdigest()
             if meta["num_classes"] != classes:
                 raise UsageError(

@@ -602,6 +602,12 @@ def test_strange_parts_of_our_own_files_are_refused(kind, shipped_like, path):
         checkpoint.load(path)
 
 
+def test_our_own_files_cannot_say_what_is_ignored(shipped_like, path):
+    path.write_bytes(shipped_like.read_bytes())
+    edit(path, meta={"ignored": "a\nb"})
+    assert "ignored" not in checkpoint.load(path)[1]
+
+
 @pytest.mark.parametrize("key", ["image_size", "budget", "parameters", "num_classes"])
 def test_true_is_no_number(key, shipped_like, path):
     path.write_bytes(shipped_like.read_bytes())

@@ -109,7 +109,9 @@ def test_messages_do_not_decide_the_exit_code(stdout, stderr, tmp_path, monkeypa
     ("error", "line"),
     [
         (RuntimeError("can't start new thread"), "set OMP_NUM_THREADS to fewer"),
-        (PermissionError(13, "Permission denied", "/x"), "Permission denied: '/x'"),
+        (PermissionError(13, "Permission denied", "/x"), ": /x: Permission denied\n"),
+        (FileNotFoundError(2, "No usable temporary directory found"), "set TMPDIR to a folder"),
+        (OSError("odd"), ": odd\n"),
     ],
 )
 def test_refusals_of_the_system_are_one_line(error, line, tmp_path):
