@@ -1,35 +1,39 @@
-"""The one writer and the one reader of weights; nothing is ever left half written.
+"""Weights files: the only writer and the only reader. No output is ever left half written.
 
 A weights file is a dict that `torch.load(weights_only=True)` reads:
 
     format    "pruned-resnet"
     version   2, or 3 with `bits`
-    meta      what the file knows about itself: arch, stem, num_classes, classes, image_size,
-              budget, parameters, and where it comes from (stage, recipe, seed, commit,
+    meta      the network's description: arch, stem, num_classes, classes, image_size, grey,
+              dataset, budget, parameters, and its origin (stage, recipe, seed, commit,
               val_accuracy)
     values    float32: the non-zero conv and linear weights, in the order of the state dict
-    bits      if there, 2 to 8: `values` are int8 numbers of up to 2**(bits - 1) - 1, multiples of
-              their output channel's scale, and without those of the first layer
+    bits      if quantized, 2 to 8: `values` are int8 levels of up to 2**(bits - 1) - 1, to be
+              multiplied by the scale of their output channel; the first layer is not among them
     scales    float32, with `bits`: one for each output channel of all layers but the first
     first     float32, with `bits`: the first layer's values
     half      True if `values` is float16 instead
-    gaps      uint16: distance of each from the one before, over all these weights laid end to end,
-              65535 standing for "65535 further, no value here"; None if `values` holds every weight
+    gaps      uint16: delta-encoded indices, the distance of each value from the one before it, over
+              all these weights laid end to end; 65535 means "65535 further, no value here".
+              None if `values` holds every weight
     others    float32: all other floating-point tensors, end to end (BatchNorm, biases)
     integers  int64: BatchNorm's batch counters
 
-Shapes are not stored: they follow from arch, stem (if absent, 4) and num_classes. In a pruned
-file, one with gaps, the tensors are compressed without loss, see `_pack`.
+Shapes are not stored: they follow from arch, stem (4 if absent) and num_classes. In a pruned file,
+one with gaps, the tensors are compressed without loss, see `_pack`.
 """
 
 import argparse
 import contextlib
 import copy
+import errno
 import io
 import lzma
 import os
 import pickle
 import re
+import shutil
+import stat
 import sys
 import tempfile
 import warnings
@@ -46,9 +50,9 @@ import models
 import prune
 
 FORMAT, VERSIONS = "pruned-resnet", (2, 3)
-MAX_CLASSES = 10_000  # more are taken for damage: a file must not fill the memory
-MAX_GAP = 65535  # the longest gap, which holds no value
-BITS = (2, 3, 4, 5, 6, 7, 8, 16)  # that weights can be rounded to
+MAX_CLASSES = 10_000  # more count as damage: a file must not fill the memory
+MAX_GAP = 65535  # the longest gap, after which there is no value
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)  # possible widths of a weight, beside 32
 SMALLEST_HALF = 2.0**-24
 DTYPES = {
     "values": torch.float32,
@@ -58,19 +62,33 @@ DTYPES = {
     "scales": torch.float32,
     "first": torch.float32,
 }
-FOREIGN_DTYPES = (  # dtypes of others' weights, masks and counters
+FOREIGN_DTYPES = (  # of third-party weights, masks and counters
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.bool, torch.uint8, torch.int32, torch.int64,
 )  # fmt: skip
-# Single bytes are modelled, without their neighbours: weights have no words to look for.
+# Bytes are modelled one by one (lc=0, pb=0): neighboring weights are independent.
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "pb": 0, "dict_size": 2**20}]
+# Entries of third-party state dicts that are not the network's: AveragedModel's, a criterion's.
+NOT_WEIGHTS = re.compile(r"n_averaged$|(\w*_)?(criterion|loss|metric)", re.I)
+AVERAGED = re.compile(r"ema|swa|averag", re.I)  # names of averaged weights
+# Why a file can only be overwritten: rights of its folder or of a sticky one, a mount point.
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
+ALONE = "torch.save(model.state_dict(), 'weights.pth')"
 
 
 class CheckpointError(Exception):
     """A file that cannot be used; the message is one line for the user."""
 
+    def __init__(self, message: str):
+        super().__init__(_printable(message))
 
-# --- files --------------------------------------------------------------------------------------
+
+def _printable(text: str) -> str:
+    """`text` on one line: names of files and tensors can hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# --- outputs --------------------------------------------------------------------------------------
 
 
 def output_path(text: str) -> Path:
@@ -93,6 +111,8 @@ def _target(path: Path) -> Path | None:
         raise OSError(0, "its links go round in a circle")
     if target.is_dir():
         raise OSError(0, "is a folder")
+    if is_stdout(path) and sys.__stdout__ is None:
+        raise OSError(0, "standard output is closed")
     return None if is_stdout(path) or (target.exists() and not target.is_file()) else target
 
 
@@ -100,41 +120,85 @@ def _target(path: Path) -> Path | None:
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; it becomes `path` at the end, or, on an error, leaves no trace.
 
-    A link stays, what it leads to is replaced. Devices and pipes are written to directly. Raises
-    CheckpointError if the disk is full, or the folder gone or read-only; BrokenPipeError.
+    A link stays, and its target is replaced; mode, group and, where allowed, owner stay. Devices
+    and pipes are written to directly. A file that cannot be replaced, because it is a mount point
+    or in a read-only folder, is overwritten at the end. Raises CheckpointError if the disk is full,
+    or the folder gone or read-only; BrokenPipeError.
     """
     scratch = None
     try:
         target = _target(path)
-        if is_stdout(path):  # opened anew, a file would lose what is in it
+        if is_stdout(path):  # opened again by its name, a file would be truncated
             sys.stdout.flush()
             file = open(1, "wb", closefd=False)  # noqa: SIM115
         elif target is None:
             file = path.open("wb")
         else:
-            scratch = target.with_name(f".{target.name}.{os.getpid()}")
-            file = scratch.open("wb")
+            scratch = target.with_name(f".{target.name[:40]}.{os.getpid()}")
+            try:
+                file = scratch.open("wb")
+                _copy_rights(target, scratch)
+            except OSError as error:
+                if error.errno not in REFUSALS or not target.exists():
+                    raise
+                file, scratch = io.BytesIO(), None
         with file:
             yield file
             file.flush()
             if scratch:
                 os.fsync(file.fileno())
+            elif isinstance(file, io.BytesIO):
+                file.seek(0)
+                _overwrite(target, file)
         if scratch:
-            scratch.replace(target)
+            _replace(target, scratch)
     except BaseException as error:
         if scratch:
             with contextlib.suppress(OSError):
                 scratch.unlink()
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise CheckpointError(
-                f"{path}: cannot be written ({error.strerror}); once that is put right, the same "
-                "command goes on"
+                f"{path}: cannot be written ({error.strerror}); once that is put right, give the "
+                "same command again"
             ) from None
         raise
 
 
+def _copy_rights(target: Path, scratch: Path) -> None:
+    """Give `scratch` the owner, group and mode of `target`, as far as that is allowed."""
+    with contextlib.suppress(OSError, AttributeError):  # there is no target; Windows has no chown
+        known = target.stat()
+        try:
+            os.chown(scratch, known.st_uid, known.st_gid)
+        except PermissionError:  # only root may give a file away
+            os.chown(scratch, -1, known.st_gid)
+    with contextlib.suppress(OSError):
+        scratch.chmod(stat.S_IMODE(target.stat().st_mode))
+
+
+def _replace(target: Path, scratch: Path) -> None:
+    """Rename `scratch` to `target`, or copy it where only that is possible."""
+    try:
+        scratch.replace(target)
+    except OSError as error:
+        if error.errno not in REFUSALS or not target.exists():
+            raise
+        with scratch.open("rb") as source:
+            _overwrite(target, source)
+        scratch.unlink()
+
+
+def _overwrite(target: Path, source: BinaryIO) -> None:
+    """Give the existing file `target` the content of `source`."""
+    with target.open("r+b") as file:
+        shutil.copyfileobj(source, file)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write(path: Path, content: object) -> None:
-    """torch.save `content` (or write it, if str or bytes); `path` is either the old or the new."""
+    """Write `content` to `path`, as `writing` does: str and bytes as they are, else torch.save."""
     if isinstance(content, str):
         content = content.encode()
     elif not isinstance(content, bytes):
@@ -152,11 +216,15 @@ def check_output(path: Path, *others: Path) -> None:
     """
     try:
         target = _target(path)
-        if target is not None:
+        if target is None:
+            if not os.access(path, os.W_OK):
+                raise OSError(0, "not allowed")
+        elif target.exists():
+            with target.open("r+b"):  # also tells a file on a read-only mount, or immutable
+                pass
+        else:
             with tempfile.TemporaryFile(dir=target.parent):
                 pass
-        elif not os.access(path, os.W_OK):
-            raise OSError(0, "not allowed")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
     there = path.exists()
@@ -167,39 +235,47 @@ def check_output(path: Path, *others: Path) -> None:
             raise CheckpointError(f"{path}: cannot be written, it is the same file as {other}")
 
 
+# --- weights ------------------------------------------------------------------------------------
+
+
 def read(path: str | Path) -> object:
-    """What torch.save wrote to `path`; no code in it is run. Raises CheckpointError."""
+    """The object that torch.save wrote to `path`; no code in it is run. Raises CheckpointError."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise ValueError("TorchScript")
                 # torch.save does not compress, so nothing can be larger than the file; and
                 # torch.load does not look at the checksums.
                 stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
                 if not stored or archive.testzip():
                     raise ValueError
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickle protocols: what cannot be read raises
+            warnings.simplefilter("ignore")  # of odd pickle protocols: unreadable files raise
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
+        text = str(error).lower()
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        elif isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            reason = "it holds Python objects that are not tensors or plain data (nothing was run)"
+        elif isinstance(error, pickle.UnpicklingError) and "global" in text:
+            reason = (
+                "it holds Python objects that are not tensors or plain data (nothing was run); in "
+                f"the program that wrote it, save the weights alone: {ALONE}"
+            )
+        elif text == "torchscript":
+            reason = f"it is a TorchScript archive; save the weights alone instead: {ALONE}"
         else:
             reason = "it is empty, damaged, truncated, or was not written by torch.save"
         raise CheckpointError(f"{path}: cannot be loaded: {reason}") from None
 
 
-# --- weights ------------------------------------------------------------------------------------
-
-
 def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
     """Write the weights of `model` in the format above; `meta` needs arch and num_classes.
 
-    Zero weights are left out (if that pays), and a pruned -0.0 comes back as 0.0. With 16 `bits`,
-    conv and linear weights are rounded to float16. With 2 to 8 they are as in `rounded`, and all
-    other numbers have 11 significant bits. The count stays. Raises CheckpointError, also if a
-    weight is too large for float16.
+    Zero weights are left out where that makes the file smaller; a pruned -0.0 is read as 0.0.
+    `bits`: 32; 16, conv and linear weights in float16; or 2 to 8, these quantized as in
+    `fake_quantize` and all other floats rounded to 11 significant bits. The parameter count does
+    not change. Raises CheckpointError, also if a weight is too large for float16.
     """
     prunable = list(prune.weights(model))
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -242,15 +318,16 @@ def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
 
 
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`weight`, float32 (O, ...), as whole numbers, int8 or int16 (O, ...), times scales (O,).
+    """Symmetric quantization of `weight`, float32 (O, ...), with a scale per output channel.
 
-    These are up to 2**(bits - 1) - 1; of the scales that make the largest of a channel's weights
-    that number or, cut off, more, each channel has that of the least squared error. A weight that
-    is not zero is at least 1 or -1, so that the count stays.
+    Returns (q, scales): q int8 (int16 above 8 bits) of the same shape, |q| <= 2**(bits - 1) - 1,
+    and scales float32 (O,), so that weight is about q * scale. For each channel 51 clipping
+    thresholds are tried, from its largest magnitude down to half of that, and the one of the
+    smallest squared error is used. Non-zero weights never become 0, so the count does not change.
     """
     most = 2 ** (bits - 1) - 1
     everything = weight.float().flatten(1)
-    filled = everything != 0  # only these are searched, at the front of their rows
+    filled = everything != 0  # the search is over these, moved to the front of their rows
     columns = filled.byte().argsort(dim=1, descending=True, stable=True)[:, : filled.sum(1).max()]
     flat = everything.gather(1, columns)
     largest = everything.abs().amax(1, keepdim=True)
@@ -271,10 +348,10 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantize(model: nn.Module, bits: int) -> nn.Module:
-    """A copy of `model` with its conv and linear weights as `levels` rounds them.
+    """A copy of `model` whose conv and linear weights have the values that `quantize` leaves.
 
-    But for the first layer's, which have 11 significant bits: it is small, and rounded like the
-    others it would do as much harm as these together (docs/experiments.md).
+    The first layer's have 11 significant bits instead: it is small, and quantized it would cost as
+    much accuracy as all other layers together (docs/experiments.md).
     """
     model = copy.deepcopy(model)
     first, *others = (weight.detach() for weight in prune.weights(model).values())
@@ -286,15 +363,15 @@ def fake_quantize(model: nn.Module, bits: int) -> nn.Module:
 
 
 def _round_mantissa(numbers: Tensor) -> Tensor:
-    """float32 rounded to 11 significant bits, as float16 has, but of any size: packs to half."""
+    """float32 rounded to the 11 significant bits of float16, of any magnitude: packs to half."""
     return ((numbers.contiguous().view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
 
 
 def _pack(tensor: Tensor) -> Tensor:
-    """Compressed, as uint8: first every number's lowest byte, then every second, ...
+    """`tensor` (N,), compressed, as uint8: the lowest bytes of all numbers, then the second, ...
 
-    Of a trained weight's four bytes, the highest (sign and exponent) shrinks to a quarter; the
-    others hardly at all. The xz container brings a checksum.
+    Of the four bytes of a trained weight, the highest (sign and exponent) shrinks to a quarter, the
+    others hardly at all. The xz container adds a checksum.
     """
     planes = tensor.view(torch.uint8).view(len(tensor), -1).t().contiguous()
     packed = lzma.compress(planes.numpy().tobytes(), check=lzma.CHECK_CRC32, filters=LZMA)
@@ -302,7 +379,7 @@ def _pack(tensor: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, dtype: torch.dtype, most: int) -> Tensor:
-    """The reverse of `_pack`, (N,) of `dtype`; at most `most` numbers. Raises ValueError."""
+    """The inverse of `_pack`, (N,) of `dtype`; at most `most` numbers. Raises ValueError."""
     size = dtype.itemsize
     try:
         decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**24)
@@ -320,12 +397,15 @@ def _unpack(packed: Tensor, dtype: torch.dtype, most: int) -> Tensor:
 def load(
     path: str | Path, device: str | torch.device = "cpu", stem: int | None = None
 ) -> tuple[nn.Module, dict]:
-    """`(model, meta)`: a ResNet of `models.build` in eval mode, and what the file says of itself.
+    """`(model, meta)`: a ResNet of `models.build` in eval mode, and the file's description of it.
 
-    Takes files of `save`, plain state dicts, and those with `torch.nn.utils.prune` masks
-    (`weight_orig`, `weight_mask`), also inside "model_state_dict" or "state_dict" and with a prefix
-    such as `resnet50.` on all keys. For these, meta holds what the weights show; they do not show
-    the max-pool of a stem of 3x3, which is 1 unless `stem` says 2. Raises CheckpointError.
+    Reads files of `save`, and third-party state dicts of torchvision's ResNets: plain, with
+    `torch.nn.utils.prune` masks (`weight_orig`, `weight_mask`), inside other dicts ("state_dict",
+    "model", "net", ...), and with a prefix on all keys ("module.", "resnet50.", ...). BatchNorm's
+    counters may be missing, as in PyTorch before 0.4.1. For these, `meta` has arch, num_classes,
+    stem and parameters, and as "ignored" the names of tensors that are not part of the network. A
+    3x3 stem does not show whether a max-pool follows: it counts as stem 1 unless `stem` says 2.
+    Raises CheckpointError.
     """
     content = read(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
@@ -345,27 +425,29 @@ def load(
 
 
 def add_image_flags(parser: argparse._ActionsContainer) -> None:
-    """The flags whose values `complete_` takes."""
+    """The flags that say what `fill_missing_meta_` adds."""
     parser.add_argument(
         "--image-size", type=int, metavar="N",
-        help="pixels a side that the network is for, if the weights do not say (28)",
+        help="side of its images in pixels, if the weights file does not say (28)",
     )  # fmt: skip
     parser.add_argument(
-        "--colour", action="store_true", help="it is for colour images, if they do not say"
+        "--colour",
+        action="store_true",
+        help="its images are in colour, if the file does not say (grey)",
     )
     parser.add_argument(
         "--stem", type=int, choices=models.STEMS,
-        help="total stride of its first layers, if they do not say (4 if 7x7, 1 if 3x3)",
+        help="total stride of its stem, if the file does not say (4 if 7x7, 1 if 3x3)",
     )  # fmt: skip
 
 
 def fill_missing_meta_(
     meta: dict, path: str | Path, image_size: int | None, colour: bool, stem: int | None
 ) -> str | None:
-    """Add what a user says, else 28 and grey, if the file at `path` does not say what it is for.
+    """Complete the `meta` of the file at `path` in place: image size (28) and grey or colour.
 
-    Returns a line for the user if something had to be assumed. Raises CheckpointError if file and
-    user differ.
+    Returns a line for the user on everything that was assumed or ignored, else None. Raises
+    CheckpointError if file and user disagree.
     """
     if image_size is not None and not data.SIZES[0] <= image_size <= data.SIZES[1]:
         raise CheckpointError(
@@ -380,10 +462,21 @@ def fill_missing_meta_(
         if said not in (None, known):
             flag = "--colour" if key == "grey" else f"--image-size {said}"
             raise CheckpointError(f"{path}: {flag}, but it is for {_images(meta)} images")
+    notes = []
     if silent and (image_size is None or (stem is None and meta["stem"] == 1)):
         guess = ", stem 1" if meta["stem"] == 1 else ""
-        return f"{path} does not say what images it is for: taken to be {_images(meta)}{guess}"
-    return None
+        notes.append(
+            f"{path} does not say what images it is for: taken to be {_images(meta)}{guess}"
+        )
+    if note := pop_ignored_(meta, path):
+        notes.append(note)
+    return "; ".join(notes) or None
+
+
+def pop_ignored_(meta: dict, path: str | Path) -> str | None:
+    """A line for the user on what `load` ignored in the file at `path`; None if nothing."""
+    ignored = meta.pop("ignored", None)
+    return ignored and f"{path} also holds {ignored}, which is ignored"
 
 
 def _images(meta: dict) -> str:
@@ -391,7 +484,7 @@ def _images(meta: dict) -> str:
 
 
 class _Broken(Exception):
-    """Parts of a file do not fit together."""
+    """The parts of a file do not fit together."""
 
 
 def _require(condition: bool) -> None:
@@ -400,7 +493,7 @@ def _require(condition: bool) -> None:
 
 
 def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
-    """The reverse of `save`."""
+    """The network in a file of `save`."""
     try:
         meta = _checked_meta(path, content)
         model = models.build(meta["arch"], meta["num_classes"], stem=meta["stem"])
@@ -424,7 +517,7 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
 
 
 def _checked_meta(path: str | Path, content: dict) -> dict:
-    """What the file says of itself, "stem" as one of models.STEMS."""
+    """The file's description of its network, "stem" as one of models.STEMS."""
     version = content.get("version")
     _require(isinstance(version, int))
     if version not in VERSIONS:
@@ -433,6 +526,7 @@ def _checked_meta(path: str | Path, content: dict) -> dict:
     meta = content.get("meta")
     _require(isinstance(meta, dict) and type(meta.get("num_classes")) is int)
     _require(0 < meta["num_classes"] <= MAX_CLASSES)
+    meta.pop("ignored", None)  # nothing is, in these files
     kinds = {
         "budget": int,
         "parameters": int,
@@ -501,19 +595,21 @@ def _values(bits: int, layers: list[Tensor], parts: dict[str, Tensor]) -> Tensor
 
 def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tuple[nn.Module, dict]:
     """A model from anybody's state dict."""
-    for key in ("model_state_dict", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
-    ):
+    flat = _flatten(content) if isinstance(content, dict) else {}
+    if not any(isinstance(tensor, Tensor) for tensor in flat.values()):
         raise CheckpointError(f"{path}: holds no state dict")
-    for name, tensor in content.items():
+    prefix, others = _find_network(path, flat)
+    state, ignored = {}, [other.rstrip(".") for other in others]
+    for name, tensor in flat.items():
+        if not name.startswith(prefix):
+            known = name.startswith(tuple(others)) or not isinstance(tensor, Tensor)
+            ignored += [] if known else [name]
+        elif not name.startswith(tuple(others)):
+            state[name.removeprefix(prefix)] = tensor
+    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    for name, tensor in state.items():
         if not _is_plain(tensor) or tensor.dtype not in FOREIGN_DTYPES:
             raise CheckpointError(f"{path}: {name} is not a plain tensor of numbers")
-    marker = [name for name in content if re.search(r"(^|\.)conv1\.weight(_orig)?$", name)]
-    prefix = min(marker, key=len).rpartition("conv1.")[0] if marker else ""
-    state = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
     masks = {}
     for name in [name[:-5] for name in state if name.endswith("_orig")]:
         masks[name] = state.pop(f"{name}_mask", None)
@@ -524,7 +620,7 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
     fc = state.get("fc.weight")
     if fc is None or fc.dim() != 2 or not 0 < len(fc) <= MAX_CLASSES:
         raise CheckpointError(
-            f"{path}: not the weights of a torchvision ResNet, fc.weight is missing"
+            f"{path}: not the weights of a torchvision ResNet, {prefix}fc.weight is missing"
         )
     first = state.get("conv1.weight")
     if first is None or first.shape[2:] != (3, 3):
@@ -534,6 +630,10 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
     model = models.build(arch, len(fc), stem=stem)
     own = model.state_dict()
     for name in own:
+        if name.endswith("num_batches_tracked"):
+            counter = state.get(name, own[name])
+            if counter.numel() == 1:  # in half precision, large ones are infinite
+                state[name] = counter.double().nan_to_num(0, 0, 0).long().view(())
         if name not in state:
             raise CheckpointError(f"{path}: not a {arch}, {name} is missing")
         if state[name].shape != own[name].shape:
@@ -543,12 +643,57 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
             raise CheckpointError(
                 f"{path}: not a torchvision {arch}, {name} is {state[name].dtype}"
             )
-    if extra := sorted(state.keys() - own.keys()):
-        raise CheckpointError(f"{path}: not a torchvision {arch}, it also has {extra[0]}")
+    for name in sorted(state.keys() - own.keys()):
+        if not NOT_WEIGHTS.match(name):
+            raise CheckpointError(f"{path}: not a torchvision {arch}, it also has {name}")
+        ignored.append(prefix + name)
     model.load_state_dict(
-        {name: t * masks[name] if name in masks else t for name, t in state.items()}
+        {name: state[name] * masks[name] if name in masks else state[name] for name in own}
     )
-    return model, {"arch": arch, "num_classes": len(fc), "stem": stem}
+    meta = {"arch": arch, "num_classes": len(fc), "stem": stem}
+    if ignored:
+        more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
+        meta["ignored"] = _printable(", ".join(ignored[:5]) + more)
+    return model, meta
+
+
+def _flatten(content: dict) -> dict[str, object]:
+    """The entries of a dict and of the dicts within it, with their names joined by dots."""
+    flat, seen, inner = {}, set(), [("", content)]
+    while inner:
+        prefix, entries = inner.pop(0)
+        if id(entries) in seen:  # a damaged file can hold a dict that holds itself
+            continue
+        seen.add(id(entries))
+        for name, value in entries.items():
+            if isinstance(name, str) and isinstance(value, dict) and len(prefix) < 100:
+                inner.append((f"{prefix}{name}.", value))
+            elif isinstance(name, str):
+                flat[prefix + name] = value
+    return flat
+
+
+def _find_network(path: str | Path, flat: dict[str, object]) -> tuple[str, list[str]]:
+    """The prefix of the network's names in `flat`, and those of averages of it, which are ignored.
+
+    An average (EMA, SWA) is the network only if there is nothing else.
+    """
+    names = sorted(name for name in flat if re.search(r"(^|\.)conv1\.weight(_orig)?$", name))
+    found = {name.rpartition("conv1.")[0] for name in names}
+    found = sorted(  # not those of blocks
+        prefix for prefix in found if any(name.startswith(f"{prefix}layer1.") for name in flat)
+    )
+    plain = [prefix for prefix in found if not AVERAGED.search(prefix)] or found
+    if len(plain) > 1:
+        raise CheckpointError(
+            f"{path}: holds several networks ({', '.join(plain)}); save the weights of one alone: "
+            f"{ALONE}"
+        )
+    if not plain:
+        raise CheckpointError(
+            f"{path}: not the weights of a torchvision ResNet, it has no conv1.weight and layer1"
+        )
+    return plain[0], [prefix for prefix in found if prefix != plain[0]]
 
 
 def _is_plain(tensor: object) -> bool:

@@ -21,13 +21,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 from torch import Generator, Tensor
+
+import runtime
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -167,13 +168,13 @@ def _torchvision(dataset: str, path: Path, train: bool):
         raise DataError(f"{path}: {dataset} is not there, and not to be had ({reason})") from None
 
 
-def _fetching() -> filelock.FileLock:
-    """A lock on CACHE_DIR: one process downloads, others wait.
+def _fetching() -> contextlib.AbstractContextManager:
+    """Held by the one process that may change CACHE_DIR; others wait.
 
-    Its holder may delete an incomplete data set: no other process is downloading it.
+    Whoever holds it and finds an incomplete data set may delete it: nobody else is downloading.
     """
     CACHE_DIR.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(CACHE_DIR.with_name(f".{CACHE_DIR.name}.lock"))
+    return runtime.lock(CACHE_DIR.with_name(f".{CACHE_DIR.name}.lock"), wait=True)
 
 
 def _find_fashion_mnist(folder: str | Path | None) -> Path:

@@ -7,6 +7,7 @@ Teacher, student and pruned network differ by arguments only. Nothing here reads
 import copy
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 import augment
@@ -422,8 +422,10 @@ class Stop:
         self.handlers: dict = {}
 
     def __enter__(self) -> "Stop":
+        if runtime.world_size() > 1 or threading.current_thread() != threading.main_thread():
+            return self  # only the main thread gets signals, and may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
-            if runtime.world_size() == 1 and signal.getsignal(number) != signal.SIG_IGN:
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self._request)
         return self
 
@@ -441,6 +443,8 @@ class Progress:
     """Progress within an epoch: steps done, their losses and the accuracy, kept on the device."""
 
     def __init__(self, steps: int, classes: int, device: torch.device):
+        from torchmetrics.classification import MulticlassAccuracy  # and all of matplotlib
+
         self.step = 0
         self.losses = torch.zeros(steps, device=device)
         self.accuracy = MulticlassAccuracy(

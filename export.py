@@ -1,16 +1,20 @@
-"""Write a network as ONNX, as one C file, or as a weights file of fewer bits.
+"""Export a network as ONNX, as one C file, or as a weights file with fewer bits per weight.
 
     uv run --group export export.py -w pruned_resnet18.pth     # writes pruned_resnet18.onnx
     uv run export.py -w pruned_resnet18.pth --c                # writes pruned_resnet18.c
     uv run export.py -w pruned_resnet18.pth --bits 8           # writes pruned_resnet18-8bit.pth
     uv run export.py -w pruned_resnet18.pth --c --bits 8       # writes pruned_resnet18-8bit.c
 
-ONNX has no sparse convolution, so what zeros are left are stored and multiplied. But BatchNorm is
-folded into the convolutions, channels that nobody reads go, and so do kernel taps that only ever
-meet padding. The C file has only the weights that are not zero. Both take uint8 images as they are,
-and give logits, which are compared with PyTorch's before the file gets its name.
+ONNX has no sparse convolution, so zero weights are stored and multiplied. BatchNorm is folded into
+the convolutions; dead channels, and kernel positions that see only padding, are removed. The C file
+holds only the non-zero weights. Both take uint8 images and return logits, which are compared with
+PyTorch's before the file gets its name.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
@@ -21,10 +25,8 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +37,8 @@ import models
 import prune
 from engine import c_source, rewrite
 
-TOLERANCE = 1e-4  # between PyTorch's logits and the export's, as a share of the largest
-NOISE = 1000  # random images to check with, where there are no others
+TOLERANCE = 1e-4  # largest difference from PyTorch's logits, relative to the largest of them
+NOISE = 1000  # random images to check with, where there are no test images
 
 
 class ExportError(Exception):
@@ -44,13 +46,13 @@ class ExportError(Exception):
 
 
 class ExportModel(nn.Module):
-    """A torchvision ResNet's function of uint8 images, without what cannot matter to it."""
+    """A torchvision ResNet from uint8 images to logits, without its unreachable weights."""
 
     def __init__(self, model: nn.Module, image_size: int, grey: bool):
         super().__init__()
         self.grey = grey
         self.model = rewrite.fold_batchnorm(model).cpu().float().requires_grad_(False)
-        if grey:  # three equal channels are one
+        if grey:  # the three channels are equal: their weights are summed
             conv = self.model.conv1
             rewrite.replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
         rewrite.remove_channels_(self.model)
@@ -62,7 +64,7 @@ class ExportModel(nn.Module):
 
 
 def to_onnx(module: nn.Module, example: Tensor) -> bytes:
-    """`module` as an ONNX file, for any number of images."""
+    """`module` as an ONNX file, for any batch size; `example`: at least two images."""
     file = io.BytesIO()
     program = torch.onnx.export(
         module,
@@ -78,7 +80,7 @@ def to_onnx(module: nn.Module, example: Tensor) -> bytes:
 
 
 def run_onnx(onnx: bytes, images_u8: Tensor, batch: int = 250) -> tuple[Tensor, float]:
-    """Logits of an exported file by onnxruntime, and images per second."""
+    """Logits, float32 (N, classes), of an ONNX file in onnxruntime, and images per second."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(onnx)
@@ -90,7 +92,7 @@ def run_onnx(onnx: bytes, images_u8: Tensor, batch: int = 250) -> tuple[Tensor, 
 
 
 class ReferenceModel(nn.Module):
-    """The network as it is, of uint8 images: what the export is compared with."""
+    """The unchanged network from uint8 images to logits: exports are compared with it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -101,7 +103,7 @@ class ReferenceModel(nn.Module):
 
 
 def export_bits(args: argparse.Namespace) -> None:
-    """The same weights file with values of fewer bits, and what that changes."""
+    """Write the weights with fewer bits, and print how size and predictions change."""
     output = args.output or args.weights.with_name(f"{args.weights.stem}-{args.bits}bit.pth")
     checkpoint.check_output(output, args.weights)
     model, meta, images_u8, labels, what = load(args)
@@ -121,17 +123,17 @@ def export_bits(args: argparse.Namespace) -> None:
 
 
 def say(output: Path, text: str) -> None:
-    """Print what was done, where it does not mix with the file."""
+    """Print a message, on standard error if the file goes to standard output."""
     print(text, file=sys.stderr if checkpoint.is_stdout(output) else sys.stdout)
 
 
 def same(logits: Tensor, expected: Tensor) -> str:
-    """How many predictions are equal."""
+    """How many predictions are equal, as text."""
     return f"{int((logits.argmax(1) == expected.argmax(1)).sum()):,} of {len(logits):,}"
 
 
 def accuracies(labels: Tensor | None, *logits: Tensor) -> str:
-    """Accuracies before and after, if the answers are known."""
+    """Test accuracies before and after, as text; "" without labels."""
     if labels is None:
         return ""
     before, *after = (f"{models.accuracy(part, labels):.2%}" for part in logits)
@@ -139,8 +141,10 @@ def accuracies(labels: Tensor | None, *logits: Tensor) -> str:
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | None, str]:
-    """A network, what is known of it, and what it can be checked with: images, labels, what they
-    are. The test images, or noise if they were somebody's own and are not given."""
+    """(model, meta, images, labels, their name): the network, and images to check the export with.
+
+    These are the test images. Of a custom data set without --data, they are random, without labels.
+    """
     model, meta = checkpoint.load(args.weights, stem=args.stem)
     assumed = checkpoint.fill_missing_meta_(
         meta, args.weights, args.image_size, args.colour, args.stem
@@ -160,21 +164,27 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
 
 
 def export_onnx(args: argparse.Namespace) -> None:
-    """Check everything that was asked for, export, compare, write."""
+    """Check all flags, export, compare with PyTorch, write."""
     output = args.output or args.weights.with_suffix(".onnx")
     checkpoint.check_output(output, args.weights)
+    tempfile.gettempdir()  # PyTorch's exporter needs one; raises OSError
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"{error.name} is not installed: uv run --group export ...") from None
+        raise ExportError(
+            f"{error.name} is not installed: uv run --group export ..., or pip install onnx "
+            "onnxscript onnxruntime"
+        ) from None
     model, meta, images_u8, _, what = load(args)
-    slim = to_onnx(ExportModel(model, meta["image_size"], meta["grey"]).eval(), images_u8[:2])
+    # Two images: of one, the exporter takes the batch size for a constant.
+    example = images_u8[:1].repeat(2, *[1] * (images_u8.dim() - 1))
+    slim = to_onnx(ExportModel(model, meta["image_size"], meta["grey"]).eval(), example)
     logits, speed = run_onnx(slim, images_u8)
     expected = models.infer(model, images_u8)
     difference = check(logits, expected)
     checkpoint.write(output, slim)
-    stock = to_onnx(ReferenceModel(model).eval(), images_u8[:2])
+    stock = to_onnx(ReferenceModel(model).eval(), example)
     _, stock_speed = run_onnx(stock, images_u8)
     say(
         output,
@@ -186,7 +196,7 @@ def export_onnx(args: argparse.Namespace) -> None:
 
 
 def check(logits: Tensor, expected: Tensor) -> float:
-    """The largest difference. Raises ExportError if it is more than TOLERANCE, or NaN."""
+    """The largest difference; raises ExportError if it exceeds TOLERANCE or is NaN."""
     difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE * max(float(expected.abs().max()), 1):
         raise ExportError(f"the export differs by {difference:.1e} in a logit; nothing was written")
@@ -205,7 +215,10 @@ def compiler() -> list[str] | None:
 
 
 class CLibrary:
-    """A C file of `c_source.CSource`, compiled for this machine and loaded. Raises ExportError."""
+    """A C file of `c_source.CSource`, compiled for this machine and loaded.
+
+    Raises ExportError if it cannot be compiled, OSError if the temporary folder cannot be used.
+    """
 
     def __init__(self, text: str, name: str, classes: int):
         self.classes = classes
@@ -220,11 +233,7 @@ class CLibrary:
             else:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise ExportError(f"{command[0]} cannot compile the C file: {reason}")
-            try:
-                loaded = ctypes.CDLL(str(library))
-            except OSError as error:
-                raise ExportError(f"the compiled C file cannot be loaded: {error}") from None
-            self._logits = getattr(loaded, f"{name}_logits")
+            self._logits = getattr(ctypes.CDLL(str(library)), f"{name}_logits")
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
     def __call__(self, images_u8: Tensor) -> Tensor:
@@ -242,7 +251,7 @@ def c_file(
 ) -> tuple[nn.Module, c_source.CSource]:
     """(the network as the C file computes it, the C file's source)."""
     size, grey = meta["image_size"], meta["grey"]
-    if bits < 32:  # rounded is what is used: dead taps and unused channels would set scales
+    if bits < 32:  # only weights in use are quantized: others could determine scales
         model = rewrite.untrimmed(rewrite.trim_(copy.deepcopy(model), size))
         if grey:
             prune.merge_grey_input_(model)
@@ -265,15 +274,22 @@ def export_c(args: argparse.Namespace) -> None:
         accuracy = models.accuracy(expected, labels)
         notes.append(f"Accuracy on the {len(labels):,} test images: {accuracy:.2%}.")
     text = source.text()
-    checked = ""
+    checked, library = "not compared with PyTorch, there is no C compiler", None
     if compiler():
-        logits = CLibrary(text, name, meta["num_classes"])(images_u8)
+        try:
+            library = CLibrary(text, name, meta["num_classes"])
+        except OSError as error:  # as on a read-only or noexec file system
+            checked = (
+                f"not compared with PyTorch, the temporary folder does not serve ({error}); name "
+                "another in TMPDIR"
+            )
+    if library:
+        logits = library(images_u8)
         difference = check(logits, expected)
         checked = f"{same(logits, stock)} {what} as in PyTorch, logits within {difference:.0e}"
         checked += " of the rounded network's" if args.bits < 32 else ""
         checked += accuracies(labels, logits)
     checkpoint.write(output, text)
-    checked = checked or "not compiled and compared, there is no C compiler"
     sizes = (
         f"{source.table_bytes / 1000:,.0f} kB of tables, {source.memory_bytes / 1000:,.0f} kB RAM"
     )
@@ -285,8 +301,8 @@ def export_c(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Write a network as ONNX, without channels and kernel taps that cannot matter, "
-        "as one C file without its zeros, or as a weights file of fewer bits."
+        description="Export a network as ONNX without its dead channels, as one C file without its "
+        "zero weights, or as a weights file with fewer bits per weight."
     )
     parser.add_argument(
         "-w", "--weights", type=Path, required=True, metavar="FILE", help="weights of a ResNet"
@@ -299,10 +315,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--c", action="store_true", help="C99 instead of ONNX")
     parser.add_argument(
         "--bits", type=int, default=32, choices=checkpoint.BITS, metavar="N",
-        help="bits of a weight, 2 to 8 or 16, in a weights file instead of ONNX, or in C",
+        help="bits per weight, 2 to 8 or 16: writes a weights file, or with --c a C file",
     )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder with the images that it is checked with"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data set whose test images check the export",
     )
     checkpoint.add_image_flags(parser)
     args = parser.parse_args(argv)

@@ -9,6 +9,10 @@ are known, the accuracy. The id is the image's number in the test set, or the na
 with the masks of torch.nn.utils.prune.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
@@ -16,10 +20,9 @@ import csv
 import io
 import itertools
 import json
-import sys
 import time
+import types
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +214,12 @@ def predict(args: argparse.Namespace) -> None:
     outputs = [path for path in (args.output, args.show) if path is not None]
     for i, path in enumerate(outputs):
         checkpoint.check_output(path, *outputs[:i], *inputs)
+    # Standard output has the predictions alone, if they go there.
+    occupied = any(map(checkpoint.is_stdout, outputs))
+    if args.json and not occupied:  # there, the JSON is a result, and no message
+        checkpoint.check_output(checkpoint.output_path("-"))
+    if args.show:
+        _import_plots()
     engine, model = choose_engine(args.engine, model, meta, device)
     parts = itertools.chain([next(parts)], parts)  # most bad files are found by now
     for note in [assumed, *notes] if assumed else notes:
@@ -230,6 +239,9 @@ def predict(args: argparse.Namespace) -> None:
     }
     if args.json:
         text = json.dumps(report)
+        if not occupied:
+            checkpoint.write(checkpoint.output_path("-"), f"{text}\n")
+            return
     else:
         accuracy = "" if args.images else f"test accuracy {right / done:.2%}"
         accuracy += " with mirror images, " if accuracy and args.tta else ", " if accuracy else ""
@@ -237,8 +249,16 @@ def predict(args: argparse.Namespace) -> None:
             f"{meta['arch']}, {meta['parameters']:,} parameters: {accuracy}{done:,} images in "
             f"{seconds:.1f} s on {device.type} ({engine}), predictions in {args.output}"
         )
-    # Standard output has the predictions alone, if they go there.
-    print(text, file=sys.stderr if any(map(checkpoint.is_stdout, outputs)) else sys.stdout)
+    print(text, file=sys.stderr if occupied else sys.stdout)
+
+
+def _import_plots() -> types.ModuleType:
+    """matplotlib takes a second, and a folder for its cache. Raises CheckpointError."""
+    try:
+        from runlog import plots
+    except OSError as error:
+        raise checkpoint.CheckpointError(f"--show: {error}") from None
+    return plots
 
 
 def write_predictions(
@@ -274,10 +294,8 @@ def write_predictions(
             done += len(ids)
             bar.update(len(ids))
     if args.show:
-        from runlog import plots  # matplotlib takes a second
-
         images, titles = zip(*shown, strict=True)
-        checkpoint.write(args.show, plots.sheet(torch.stack(images), titles))
+        checkpoint.write(args.show, _import_plots().sheet(torch.stack(images), titles))
     return done, right, seconds
 
 

@@ -1,13 +1,16 @@
-"""What every script needs before and after its work: how threads wait, several processes, signals.
+"""What every script needs around its work: OpenMP's threads, messages, signals, locks, processes.
 
 Imported before torch, which reads OpenMP's variables once, when it is loaded. By default OpenMP's
 threads spin while they wait for each other. On a shared machine a spinning thread occupies the core
 that the thread it waits for needs: one busy process beside it made a training step 24 times as slow
 on two cores, and makes it twice as slow with these settings (docs/experiments.md). If the user has
-set any of the variables, they are left alone.
+set any of the variables, or has imported torch already, they are left alone.
 """
 
 import os
+import signal
+import sys
+from pathlib import Path
 
 OPENMP_WAITING = {
     "GOMP_SPINCOUNT": "2000",  # GNU's, in PyTorch's wheels for Linux: turns of a loop
@@ -15,34 +18,114 @@ OPENMP_WAITING = {
 }
 OPENMP_VARIABLES = {"OMP_WAIT_POLICY", *OPENMP_WAITING}
 
-if not OPENMP_VARIABLES & os.environ.keys():
+if "torch" not in sys.modules and not OPENMP_VARIABLES & os.environ.keys():
     os.environ.update(OPENMP_WAITING)
+
+_script = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
+_ours = _script.parent == Path(__file__).resolve().parent  # not another program that imports us
+if _ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of imports, until `run`
 
 # ruff: noqa: E402
 import contextlib
-import signal
-import sys
+import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 
 class ParallelError(Exception):
     """The processes cannot work together; the message is one line for the user."""
 
 
-# --- the end of a script ----------------------------------------------------------------------
+# --- messages and exit codes --------------------------------------------------------------------
+
+
+class _Lossy(io.RawIOBase):
+    """Standard output or error for messages, which may be lost: they must not end the work.
+
+    The first loss on standard output is reported on standard error. A closed pipe raises
+    BrokenPipeError, as everywhere.
+    """
+
+    def __init__(self, raw: io.RawIOBase):
+        self._raw = raw
+        self._whole = True
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def isatty(self) -> bool:
+        return self._raw.isatty()
+
+    def write(self, text: bytes) -> int:
+        try:
+            return self._raw.write(text)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if self._whole and self.fileno() == 1:
+                print(
+                    f"warning: standard output cannot be written ({error.strerror}); messages are "
+                    "lost",
+                    file=sys.stderr,
+                )
+            self._whole = False
+            return len(text)
+
+
+def _open_streams() -> None:
+    """Make standard output and error accept every message, also if they are closed, full or ASCII.
+
+    A closed descriptor is opened, so that no file gets its number. Characters that a stream cannot
+    encode are written as escapes.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+            mode = "w" if number else "r"
+            setattr(sys, name, open(os.devnull, mode, errors="backslashreplace"))  # noqa: SIM115
+        elif number:
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
+            lines = stream.line_buffering or stream.write_through
+            buffer = io.BufferedWriter(_Lossy(raw))
+            setattr(
+                sys,
+                name,
+                io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines),
+            )
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit code of a script: main's, 130 after Ctrl-C or SIGTERM, 141 if a pipe was closed.
+    """Run a script; returns its exit code.
 
-    SIGTERM is as Ctrl-C, so that what cleans up behind one cleans up behind the other.
+    It is main's, whether or not its messages could be printed; 130 after Ctrl-C or SIGTERM, which
+    are treated alike so that both clean up; 141 if the reader of a pipe is gone; 2, with one line,
+    if the system refuses a file or another thread.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by the script, for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _open_streams()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no advice on its cache folder
+    tqdm.monitor_interval = 0  # no thread that watches the bars
     try:
         try:
             return main()
@@ -55,6 +138,44 @@ def run(main: Callable[[], int]) -> int:
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         return 141
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError):
+            known = [str(part) for part in (error.filename, error.strerror) if part]
+            text = ": ".join(known) or str(error)
+            if "temporary directory" in text:  # torch, matplotlib and exports need one
+                text += "; set TMPDIR to a folder that can be written"
+        elif "start new thread" in str(error):
+            text = "the system allows no more threads (ulimit -u); set OMP_NUM_THREADS to fewer"
+        else:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        return 2
+
+
+# --- locks --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = False) -> Iterator[None]:
+    """Within: no other process holds the lock file `path`, which stays; killed processes hold none.
+
+    Raises BlockingIOError if another process holds it (`wait`: waits instead), and OSError if it
+    cannot be opened. Where there are no locks, as on some network file systems, a warning says so.
+    """
+    with path.open("a") as file:
+        try:
+            if fcntl is None:
+                raise OSError(0, "not on this system")
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            print(
+                f"warning: {path}: cannot be locked ({error.strerror}), so that nothing stops a "
+                "second process; start one at a time",
+                file=sys.stderr,
+            )
+        yield
 
 
 # --- several processes (torchrun) ---------------------------------------------------------------
@@ -62,9 +183,9 @@ def run(main: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Within: the processes that torchrun started, if it did, work as one on "cuda" or the CPU.
+    """Within: the processes that torchrun started, if any, form a group on "cuda" or the CPU.
 
-    Raises ParallelError.
+    Raises ParallelError if torchrun's variables are incomplete.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -86,13 +207,13 @@ def process_group(device: str) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def world_size() -> int:
-    """How many processes train together (torchrun); each has the whole batch and trains a share."""
+    """How many processes train together (torchrun)."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -102,7 +223,7 @@ def rank() -> int:
 
 
 def local_shard(batch: Tensor) -> Tensor:
-    """The part of a batch that this process trains on."""
+    """The part of a batch, (N, ...), that this process trains on."""
     return batch if world_size() == 1 else batch.tensor_split(world_size())[rank()]
 
 

@@ -10,6 +10,10 @@ stopped. Validation images, held out of the training set, select the epoch; test
 measured once, at the end.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
@@ -17,10 +21,7 @@ import contextlib
 import functools
 import hashlib
 import math
-import signal
-import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -439,6 +440,8 @@ def check_given(flag: str, path: Path, source: data.Source) -> tuple[nn.Module, 
     """The network in a file that was given, and its metadata. Raises UsageError if it was trained
     for other classes or images than those of `source`."""
     network, meta = checkpoint.load(path)
+    if (note := checkpoint.pop_ignored_(meta, path)) and runtime.rank() == 0:
+        print(f"train.py: warning: {note}", file=sys.stderr)
     there = {"classes": list(source.classes), "image_size": source.image_size, "grey": source.grey}
     if meta["num_classes"] != len(source.classes):
         raise UsageError(
@@ -496,7 +499,6 @@ def default_name(args: argparse.Namespace, settings: dict, source: data.Source) 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with runtime.process_group(args.device):
             start(args)
@@ -516,8 +518,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from here", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     return 0
 
 

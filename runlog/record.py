@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
-
 import checkpoint
 import runtime
 from distill import Stage
@@ -173,18 +171,16 @@ def _changes(before: dict, now: dict, longest: int = 60) -> str:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Raises UsageError if another process is training the run in `folder`."""
-    held = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        held.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UsageError(f"{folder}: another process is training this run") from None
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be used for the run ({error})") from None
-    try:
+    path = folder.with_name(f".{folder.name}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(runtime.lock(path))
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process is training this run") from None
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be used for the run ({error})") from None
         yield
-    finally:
-        held.release()
 
 
 def add_results(rows: list[dict]) -> None:

@@ -18,7 +18,7 @@ import data
 import distill
 import models
 import prune
-from runlog import plots, record
+from runlog import record
 from runlog.record import Run
 
 WARN_ACCURACY_DROP = 0.02  # pruning that costs more accuracy than this is warned of
@@ -137,6 +137,11 @@ def pictures(
 
     They come after the record: a plot that cannot be drawn is a warning, not an error.
     """
+    try:
+        from runlog import plots
+    except OSError as error:  # matplotlib needs a folder for its cache
+        print(f"train.py: warning: no pictures are drawn ({error})", file=sys.stderr)
+        return
     live = prune.all_reachable(model, source.image_size, source.grey)
     kept = {name: int(w.count_nonzero()) for name, w in prune.weights(model).items()}
     could = {name: int(mask.sum()) for name, mask in live.items()}

@@ -2,7 +2,7 @@
 
 Kills a run with SIGKILL at random moments (in a step, while a file is written, before it gets its
 name), starts it again with the same command, and compares its weights with those of a run that was
-never stopped; fills the disk; takes the folder away. Prints a table; ends with 1 if anything was
+never stopped; fills the disk; writes to a mount point. Prints a table; ends with 1 if anything was
 lost. `tests/test_faults.py` runs a short version of it.
 """
 
@@ -125,6 +125,28 @@ def full_disk(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
     return 1, lost
 
 
+def mounted(folder: Path) -> tuple[int, int]:
+    """An output that is a mount point, as in a container: writable, then read-only."""
+    inside, outside = folder / "inside.pth", folder / "outside.pth"
+    for path in (inside, outside):
+        path.write_text("old and longer")
+    if subprocess.run(["mount", "--bind", outside, inside], capture_output=True).returncode:
+        return 0, 0  # not allowed here
+    try:
+        checkpoint.check_output(inside)
+        checkpoint.write(inside, "new")
+        lost = outside.read_text() != "new"
+        subprocess.run(["mount", "-o", "remount,bind,ro", inside], check=True)
+        try:
+            checkpoint.check_output(inside)
+            lost += 1
+        except checkpoint.CheckpointError:
+            pass
+    finally:
+        subprocess.run(["umount", inside], check=True)
+    return 2, lost + (len([*folder.glob(".*.pth*")]) > 0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill, stop and starve a tiny run.")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="SIGKILLs (default 20)")
@@ -142,6 +164,7 @@ def main() -> int:
             ),
             "newest state damaged": damaged(folder, expected),
             "disk full": full_disk(folder, expected),
+            "output is a mount point": mounted(folder),
         }
     print("| fault | tried | lost |\n|---|---|---|")
     for fault, (tried, lost) in table.items():

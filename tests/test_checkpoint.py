@@ -1,7 +1,9 @@
+import errno
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,88 @@ def test_masks_hide_what_lies_under_them(resnet18, path):
     model, meta = checkpoint.load(path)
     assert torch.equal(model.conv1.weight, resnet18.conv1.weight)
     assert meta["parameters"] == 11_181_642 - 64 * 3 * 49 // 2
+
+
+OTHERS = {  # of training programs: what they write, and what is ignored of it
+    "model": (lambda s: {"model": s, "epoch": 3, "optimizer": {"state": {0: s["fc.bias"]}}}, None),
+    "net": (lambda s: {"net": {f"module.{k}": v for k, v in s.items()}, "acc": 93.2}, None),
+    "ema alone": (lambda s: {"state_dict_ema": s, "args": None}, None),
+    "ema too": (
+        lambda s: {"state_dict": s, "state_dict_ema": {k: v / 2 for k, v in s.items()}},
+        "state_dict_ema",
+    ),
+    "deep": (
+        lambda s: {"checkpoint": {"net": {f"_orig_mod.{k}": v for k, v in s.items()}}},
+        None,
+    ),
+    "AveragedModel": (
+        lambda s: {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in s.items()}},
+        "n_averaged",
+    ),
+    "criterion": (
+        lambda s: {**{f"model.{k}": v for k, v in s.items()}, "criterion.weight": torch.ones(2)},
+        "criterion.weight",
+    ),
+    "loss": (
+        lambda s: {**s, **{f"kd_loss.{n}": torch.ones(2) for n in range(7)}},
+        "kd_loss.0, kd_loss.1, kd_loss.2, kd_loss.3, kd_loss.4 and 2 more",
+    ),
+    "no counters": (lambda s: {k: v for k, v in s.items() if "tracked" not in k}, None),
+    "half counters": (lambda s: {k: v.half() if "tracked" in k else v for k, v in s.items()}, None),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_state_dicts_of_other_training_programs(kind, narrow_resnet18, path):
+    narrow_resnet18.bn1.num_batches_tracked += 100_000  # infinite in half precision
+    state = narrow_resnet18.state_dict()
+    make, ignored = OTHERS[kind]
+    torch.save(make(state), path)
+    model, meta = checkpoint.load(path)
+    for name, tensor in model.state_dict().items():
+        if "tracked" not in name or "counters" not in kind:
+            assert torch.equal(tensor, state[name]), name
+    assert meta.get("ignored") == ignored
+    note = checkpoint.fill_missing_meta_(meta, path, 28, False, None)
+    assert note == (ignored and f"{path} also holds {ignored}, which is ignored")
+    checkpoint.save(path, model, meta)
+    assert "ignored" not in checkpoint.load(path)[1]
+
+
+def test_one_of_several_networks_is_not_guessed(narrow_resnet18, path):
+    state = narrow_resnet18.state_dict()
+    for content in (
+        {"student": state, "teacher": dict(state)},
+        {f"{name}.{k}": v for name in ("student", "teacher") for k, v in state.items()},
+    ):
+        torch.save(content, path)
+        with pytest.raises(checkpoint.CheckpointError, match=r"\(student., teacher.\); save the"):
+            checkpoint.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_whole_models_are_refused_with_what_to_do(narrow_resnet18, path):
+    torch.save(narrow_resnet18, path)
+    recipe = r"save the weights alone.*: torch.save\(model.state_dict\(\), 'weights.pth'\)"
+    with pytest.raises(checkpoint.CheckpointError, match=recipe):
+        checkpoint.load(path)
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
+    with pytest.raises(checkpoint.CheckpointError, match=f"TorchScript.*{recipe}"):
+        checkpoint.load(path)
+
+
+def test_names_of_tensors_cannot_break_the_line(narrow_resnet18, path):
+    torch.save({**narrow_resnet18.state_dict(), "head\n\x1b\udce9": torch.ones(1)}, path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"also has head\\n\\x1b\\udce9$"):
+        checkpoint.load(path)
+
+
+def test_a_dict_that_holds_itself_ends(path):
+    content = {}
+    content["again"] = content["more"] = content
+    torch.save(content, path)
+    with pytest.raises(checkpoint.CheckpointError, match="no state dict"):
+        checkpoint.load(path)
 
 
 class Hostile:
@@ -395,6 +479,80 @@ def test_outputs_follow_links_and_leave_devices_and_pipes_what_they_are(tmp_path
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["far", "link", "pipe", "target"]
 
 
+def test_mode_and_group_of_a_replaced_output_stay(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(0o640)
+    group = next((group for group in os.getgroups() if group != os.getegid()), None)
+    if os.geteuid() == 0 or group is not None:
+        os.chown(path, -1, 4321 if os.geteuid() == 0 else group)
+    before = path.stat()
+    checkpoint.write(path, "new")
+    after = path.stat()
+    assert path.read_text() == "new" and after.st_ino != before.st_ino  # replaced, not overwritten
+    assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EPERM])
+def test_an_output_that_cannot_be_replaced_is_overwritten(number, tmp_path, monkeypatch):
+    """As a mount point, or somebody else's file in a sticky folder."""
+
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "file"
+    path.write_text("old and longer")
+    monkeypatch.setattr(Path, "replace", refuse)
+    checkpoint.check_output(path)
+    checkpoint.write(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(checkpoint.CheckpointError, match=os.strerror(number)):
+        checkpoint.write(tmp_path / "other", "new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def as_nobody(work) -> str:
+    """What `work` returns, or the error that it raises, where root's rights do not help."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setuid(65534)
+            text = work()
+        except Exception as error:
+            text = str(error)
+        finally:
+            os.write(writing, str(text).encode())
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with open(reading) as file:
+        return file.read()
+
+
+def test_an_output_in_a_folder_that_takes_no_new_files():
+    with tempfile.TemporaryDirectory() as name:
+        folder, file, locked = Path(name), Path(name, "file"), Path(name, "locked")
+        for path, mode in ((file, 0o666), (locked, 0o444)):
+            path.write_text("old and longer")
+            path.chmod(mode)
+        folder.chmod(0o555)
+        assert "(Permission denied)" in as_nobody(lambda: checkpoint.check_output(folder / "new"))
+        assert "(Permission denied)" in as_nobody(lambda: checkpoint.check_output(locked))
+        assert as_nobody(lambda: checkpoint.check_output(file)) == "None"
+        assert as_nobody(lambda: checkpoint.write(file, "new")) == "None"
+        assert file.read_text() == "new" and locked.read_text() == "old and longer"
+        folder.chmod(0o755)
+
+
+def test_long_names_can_be_written(tmp_path):
+    path = tmp_path / f"{'x' * 250}.csv"
+    checkpoint.check_output(path)
+    checkpoint.write(path, "text")
+    assert path.read_text() == "text"
+
+
 def test_an_output_is_not_something_else_as_well(tmp_path):
     weights, link, new = tmp_path / "weights", tmp_path / "link", tmp_path / "new"
     weights.write_text("")
@@ -442,6 +600,12 @@ def test_strange_parts_of_our_own_files_are_refused(kind, shipped_like, path):
     torch.save({**content, "values": STRANGE[kind](content["values"].float())}, path)
     with pytest.raises(checkpoint.CheckpointError, match="do not fit together"):
         checkpoint.load(path)
+
+
+def test_our_own_files_cannot_say_what_is_ignored(shipped_like, path):
+    path.write_bytes(shipped_like.read_bytes())
+    edit(path, meta={"ignored": "a\nb"})
+    assert "ignored" not in checkpoint.load(path)[1]
 
 
 @pytest.mark.parametrize("key", ["image_size", "budget", "parameters", "num_classes"])

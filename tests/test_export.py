@@ -66,6 +66,26 @@ def test_the_onnx_file_is_checked_and_written(tmp_path, shipped_like, tiny_data,
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
 
 
+def test_one_test_image_is_enough_and_large_logits_may_differ_by_more(
+    tmp_path, shipped_like, capsys
+):
+    pytest.importorskip("onnxruntime", reason="needs --group export")
+    pytest.importorskip("onnxscript", reason="needs --group export")
+    model, meta = checkpoint.load(shipped_like)
+    with torch.no_grad():
+        model.fc.weight *= 1e4
+    meta["classes"] = sorted(name.replace("/", "-") for name in meta["classes"])
+    for name in meta["classes"]:
+        (tmp_path / "own" / "test" / name).mkdir(parents=True)
+    Image.new("L", (28, 28), 99).save(tmp_path / "own" / "test" / name / "1.png")
+    weights = tmp_path / "w.pth"
+    checkpoint.save(weights, model, {**meta, "dataset": "folder"})
+    flags = ["-w", str(weights), "--data", str(tmp_path / "own")]
+    assert export.main(flags) == 0
+    captured = capsys.readouterr()
+    assert "1 of 1 test images as in PyTorch" in captured.out and not captured.err
+
+
 def test_bad_input_gets_one_line(tmp_path, capsys, shipped_like):
     assert export.main(["-w", str(tmp_path / "absent.pth")]) == 2
     error = capsys.readouterr().err
@@ -119,16 +139,6 @@ def test_plain_files_and_outputs(tiny, tmp_path, monkeypatch, capsys):
     assert "the same file as" in capsys.readouterr().err
 
 
-def test_large_logits_may_differ_by_more(tmp_path, shipped_like, tiny_data):
-    pytest.importorskip("onnxruntime", reason="needs --group export")
-    pytest.importorskip("onnxscript", reason="needs --group export")
-    model, meta = checkpoint.load(shipped_like)
-    with torch.no_grad():
-        model.fc.weight *= 1e4
-    checkpoint.save(tmp_path / "w.pth", model, meta)
-    assert export.main(["-w", str(tmp_path / "w.pth"), "--data", str(tiny_data)]) == 0
-
-
 def test_the_c_file_is_checked_and_written(shipped_like, tiny_data, tmp_path, capsys, monkeypatch):
     flags = ["-w", str(shipped_like), "--c", "--data", str(tiny_data), "-o"]
     if export.compiler():
@@ -143,6 +153,26 @@ def test_the_c_file_is_checked_and_written(shipped_like, tiny_data, tmp_path, ca
     assert export.main([*flags, str(tmp_path / "other.c")]) == 0
     assert "there is no C compiler" in capsys.readouterr().out
     assert (tmp_path / "other.c").exists() and not (tmp_path / "wrong.c").exists()
+
+
+@pytest.mark.skipif(not export.compiler(), reason="needs a C compiler")
+@pytest.mark.parametrize(
+    ("owner", "name"), [(export.ctypes, "CDLL"), (export.tempfile, "TemporaryDirectory")]
+)
+def test_a_temporary_folder_that_does_not_serve_stops_no_c_file(
+    owner, name, shipped_like, tmp_path, monkeypatch, capsys
+):
+    """As with noexec, or on a read-only file system."""
+
+    def refuse(*args):
+        raise OSError("failed to map segment from shared object")
+
+    monkeypatch.setattr(owner, name, refuse)
+    monkeypatch.setattr(export, "NOISE", 2)
+    assert export.main(["-w", str(shipped_like), "--c", "-o", str(tmp_path / "net.c")]) == 0
+    printed = capsys.readouterr().out
+    assert "not compared" in printed and "failed to map" in printed and "TMPDIR" in printed
+    assert (tmp_path / "net.c").exists()
 
 
 @pytest.mark.parametrize("kind", ["NaN", "code", "miscounted", "classes", "bomb", "stem"])

@@ -4,15 +4,18 @@ import errno
 import os
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import faults
-import filelock
 import pytest
 import tiny as shrunk
 import torch
 
 import checkpoint
+import data
 import distill
+import runtime
 import train
 from runlog import record
 
@@ -20,7 +23,8 @@ from runlog import record
 def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monkeypatch, capsys):
     folder, step, steps = tmp_path, distill.TrainState.step, []
     flags = [*tiny[:-1], str(shrunk.write_images(folder / "data"))]
-    assert train.main(flags) == 0
+    with ThreadPoolExecutor(1) as thread:  # where no signal handler can be set
+        assert thread.submit(train.main, flags).result() == 0
     expected = faults.weights(folder)
     shutil.rmtree(folder / "runs")
     assert faults.run(folder, DIE="write 6").returncode == -9
@@ -40,6 +44,43 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monke
     assert faults.same(faults.weights(folder), expected)
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_warned_of(number, tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runtime.fcntl, "flock", refuse)
+    monkeypatch.setattr(data, "CACHE_DIR", tmp_path / "data")
+    for lock in (record.lock(tmp_path / "runs" / "name"), data._fetching()):
+        with lock:
+            error = capsys.readouterr().err
+        assert f"({os.strerror(number)})" in error and error.count("\n") == 1
+
+
+def test_a_lock_is_waited_for_or_refused(tmp_path):
+    path, entered = tmp_path / "lock", []
+
+    def enter():
+        with runtime.lock(path, wait=True):
+            entered.append(1)
+
+    with ThreadPoolExecutor(1) as thread:
+        with runtime.lock(path):
+            with pytest.raises(BlockingIOError), runtime.lock(path):
+                pass
+            waiting = thread.submit(enter)
+            time.sleep(0.05)
+            assert not entered
+        waiting.result(timeout=10)
+    assert entered
+
+
+def test_a_folder_that_takes_no_lock_file_is_one_line(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(record.UsageError, match="cannot be used"), record.lock(tmp_path / "runs/a"):
+        pass
+
+
 def test_a_damaged_state_falls_back_to_the_one_before(tiny, tmp_path, monkeypatch, capsys):
     path, before = tmp_path / record.STATE, tmp_path / record.STATE_BEFORE
     checkpoint.write(before, {"stage": "teacher", "rows": [], "minutes": 1.0})
@@ -55,7 +96,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tiny, tmp_path, monkeypatc
 
 def test_a_second_process_on_a_run_is_refused(tiny, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
-    with filelock.FileLock(tmp_path / "runs" / ".quick-seed0.lock"):
+    with runtime.lock(tmp_path / "runs" / ".quick-seed0.lock"):
         assert train.main(tiny) == 2
     error = capsys.readouterr().err
     assert "another process is training this run" in error and error.count("\n") == 1
@@ -77,7 +118,7 @@ def test_a_full_or_read_only_disk_ends_with_one_line_and_loses_nothing(
         patch.setattr(os, "fsync", fail)
         assert train.main(tiny) == 2
     error = capsys.readouterr().err
-    assert os.strerror(number) in error and "the same command goes on" in error
+    assert os.strerror(number) in error and "give the same command again" in error
     assert error.count("\n") == 1 and faults.loadable(tmp_path)
     assert train.main(tiny) == 0
 

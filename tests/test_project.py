@@ -133,11 +133,13 @@ def test_the_shipped_weights_reach_the_accuracy_in_the_results(path):
     assert round(accuracy, 4) == tables.row_of(path).pruned_test
 
 
-def test_both_environments_list_the_same_dependencies():
+def test_all_environments_list_the_same_dependencies():
     """Read with regular expressions: Python 3.10 has no TOML reader, and YAML is no dependency."""
     project = (ROOT / "pyproject.toml").read_text()
     (block,) = re.findall(r"^dependencies = \[(.*?)^\]", project, re.S | re.M)
     pip = set(re.findall(r'"([^"]+)"', block))
+    plain = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(plain[1:]) == pip and plain[0].startswith("#")
     listed = (ROOT / "environment.yml").read_text().split("dependencies:")[1]
     conda = set(re.findall(r"^  - (.+)$", listed, re.M))
     names = {"pytorch": "torch"}  # conda-forge's name: PyPI's

@@ -5,16 +5,35 @@ from pathlib import Path
 
 import pytest
 
+import runtime
+
 ROOT = Path(__file__).resolve().parent.parent
 SAID = "import runtime, sys\nsys.exit(runtime.run(lambda: {}))"
+SCRIPTS = ["train.py", "predict.py", "export.py"]
 
 
-@pytest.mark.parametrize(
-    "script", ["train.py", "predict.py", "export.py", "bench/speed.py", "bench/tables.py"]
-)
+@pytest.mark.parametrize("script", [*SCRIPTS, "bench/speed.py", "bench/tables.py"])
 def test_all_scripts_end_alike(script):
     end = 'if __name__ == "__main__":\n    sys.exit(runtime.run(main))\n'
     assert (ROOT / script).read_text().endswith(end)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_all_scripts_begin_alike(script, tmp_path):
+    """With PYTHONSAFEPATH they find their modules; Ctrl-C during the imports is no traceback."""
+    torch = tmp_path / "torch.py"  # in the place of the real one, which takes seconds
+    for content, code, error in (
+        ("raise SystemExit('torch')", 1, "torch\n"),
+        ("import os, time; os.kill(os.getpid(), 2); time.sleep(9)", -2, ""),
+    ):
+        torch.write_text(content)
+        done = subprocess.run(
+            [sys.executable, ROOT / script],
+            env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (code, error)
 
 
 def test_a_closed_pipe_ends_a_script_without_a_word():
@@ -38,3 +57,67 @@ def test_exit_codes(work, code):
     )
     assert done.returncode == code
     assert done.stderr == ("\nstopped\n" if code == 130 else "")
+
+
+def ended(main, **places: str | None) -> int:
+    """The exit code of `main` in a child with its `stdout` and `stderr` there, or None: closed."""
+    if (child := os.fork()) == 0:
+        code = 99
+        try:
+            for number, place in enumerate(places.values(), start=1):
+                os.dup2(os.open(place or "/dev/null", os.O_WRONLY | os.O_CREAT), number)
+            os.closerange(3, 100)
+            for number, (name, place) in enumerate(places.items(), start=1):
+                stream = None
+                if place is None:
+                    os.close(number)
+                else:  # as Python opens them, with LC_ALL=C and PYTHONUTF8=0
+                    stream = open(number, "w", (-1, 1)[number - 1], "ascii")  # noqa: SIM115
+                setattr(sys, name, stream)
+                setattr(sys, f"__{name}__", stream)
+            code = runtime.run(main)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("stdout", ["out", "/dev/full", None])
+@pytest.mark.parametrize("stderr", ["err", "/dev/full", None])
+def test_messages_do_not_decide_the_exit_code(stdout, stderr, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def main():
+        for stream in (sys.stdout, sys.stderr):
+            print("é\udce9", file=stream, flush=True)
+            print("again", file=stream)
+        with open("file", "w") as file:  # which must not become a standard stream
+            assert file.fileno() > 2
+        return 7
+
+    assert ended(main, stdout=stdout, stderr=stderr) == 7
+    if stdout == "out":
+        assert Path("out").read_text() == "\\xe9\\udce9\nagain\n"
+    if stderr == "err":
+        lost = "warning: standard output cannot be written (No space left on device); messages are "
+        expected = "\\xe9\\udce9\nagain\n"
+        written = Path("err").read_text()
+        assert written.replace(f"{lost}lost\n", "") == expected
+        assert written.count(lost) == (stdout == "/dev/full")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("can't start new thread"), "set OMP_NUM_THREADS to fewer"),
+        (PermissionError(13, "Permission denied", "/x"), ": /x: Permission denied\n"),
+        (FileNotFoundError(2, "No usable temporary directory found"), "set TMPDIR to a folder"),
+        (OSError("odd"), ": odd\n"),
+    ],
+)
+def test_refusals_of_the_system_are_one_line(error, line, tmp_path):
+    def main():
+        raise error
+
+    assert ended(main, stdout=str(tmp_path / "out"), stderr=str(tmp_path / "err")) == 2
+    written = (tmp_path / "err").read_text()
+    assert line in written and written.count("\n") == 1

@@ -26,6 +26,7 @@ import models  # isort: skip  (first: it imports less of torchvision)
 import data
 import distill
 import prune
+import runtime
 import train
 from runlog import estimate, plots, record
 
@@ -185,4 +186,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runtime.run(main))
