@@ -1,26 +1,27 @@
-"""A network as one file of C99 that needs nothing else: what plan.py computes, written as C.
+"""A network as one file of C99 (or C++) that needs nothing else: the plan of plan.py, written as C.
 
     text = CSource(model, image_size=28, grey=True, name="pruned_resnet18").text()
 
-Tables hold the weights that are not zero, output channel by output channel: how many there are, the
-weights (floats, or integers with a scale for each channel), and for each the gap, how much further
-it reads than the one before. Products of the same shapes share a function, whose inner loops have
-constant lengths, so that a compiler keeps a channel's sums in registers. All maps share one static
-memory, in which a map that nobody reads any more is overwritten.
+Tables hold the non-zero weights, output channel by output channel: their number, their values
+(floats, or integers with a scale for each channel), and their gaps, the distances between the
+offsets at which consecutive weights read. Products of the same shapes share a function. Its inner
+loops have constant lengths, so that a compiler keeps a channel's sums in registers. All feature
+maps share one static memory, in which unused ones are overwritten.
 """
 
 import re
+import string
 from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
 
-from engine.plan import Map, Plan, Pool, Product
+from engine.plan import FeatureMap, Plan, Product
 
-POSITIONS = 16  # of a map that are summed up together: a vector, which a compiler may split
-SUMS = 6  # vectors at a time, about what registers can hold
-FLAT = 12  # pixels a side: up to there, a map and its borders are taken as one line of positions
-WIDTH = 98  # of a line of numbers
+POSITIONS = 16  # of a vector; a compiler may split it
+SUMS = 6  # vectors at a time, about as many as fit the registers
+FLAT = 12  # pixels a side; up to here, a feature map with its border is one row of positions
+WIDTH = 98  # characters of a line of numbers
 DTYPES = {"float": np.float32, "int8_t": np.int8, "int16_t": np.int16, "uint8_t": np.uint8,
           "uint16_t": np.uint16, "uint32_t": np.uint32}  # fmt: skip
 
@@ -28,10 +29,11 @@ DTYPES = {"float": np.float32, "int8_t": np.int8, "int16_t": np.int16, "uint8_t"
 class CSource:
     """The C file of a torchvision ResNet for square images of `image_size` pixels.
 
-    `bits`: 32 for float weights; 16, or 2 to 8, for integers with a scale for each output channel,
-    exact for weights of `checkpoint.fake_quantize` (the first layer's stay floats). `classes` are
-    names, of any characters. `notes` are lines for the comment at the top, and nothing that a file
-    says of itself.
+    `name` is a C identifier, see `identifier`. `bits`: 32 for float weights; 16, or 2 to 8, for
+    integers with a scale for each output channel, exact for weights of `checkpoint.fake_quantize`
+    (the first layer's stay floats). `classes` are names, of any characters; by default "0", "1" and
+    so on. `notes` are lines for the comment at the top. Raises ValueError for a wrong number of
+    classes.
     """
 
     def __init__(
@@ -45,35 +47,40 @@ class CSource:
         notes: Sequence[str] = (),
     ):
         self.plan = Plan(model, image_size, 1 if grey else 3, images=1, positions=POSITIONS)
-        self.name, self.bits, self.classes, self.notes = name, bits, classes, notes
+        count = self.plan.logits.channels
+        self.classes = [*classes] or [str(n) for n in range(count)]
+        if len(self.classes) != count:
+            raise ValueError(f"{len(self.classes)} names for {count} classes")
+        self.name, self.bits, self.notes = name, bits, notes
         self.table_bytes = 0
         self.tables: list[str] = []
         self.functions: dict[str, str] = {}  # names by texts
-        self.places, self.cells = _places(self.plan)
-        self.steps = [line for p in self.plan.products for line in self._step(p)]
+        self.cells = self.plan.cells
+        cleared = zip(self.plan.products, self.plan.cleared[1:], strict=True)
+        self.steps = [line for p, maps in cleared for line in self._step(p, maps)]
 
     @property
     def memory_bytes(self) -> int:
-        """RAM for the maps."""
+        """RAM for the feature maps."""
         return 4 * self.cells
 
     def text(self) -> str:
         """The file."""
-        names = [_string(c) for c in self.classes] or ["0"]
+        image, logits = self.plan.image, self.plan.logits
+        program = string.Template(PROGRAM).substitute(
+            name=self.name, classes=logits.channels, channels=image.channels, size=image.size
+        )
         parts = [
             self._comment(),
-            HEAD,
-            f"const char *const {self.name}_classes[{len(names)}] = {{",
-            *(f"    {name}," for name in names),
+            string.Template(HEAD).substitute(name=self.name, classes=logits.channels),
+            f"const char *const {self.name}_classes[{logits.channels}] = {{",
+            *(f"    {_string(name)}," for name in self.classes),
             "};\n",
             *self.tables,
             f"static float memory[{self.cells}];\n",
-            *(text.replace("NAME", name) for text, name in self.functions.items()),
+            *(string.Template(text).substitute(f=f) for text, f in self.functions.items()),
             *self._entry(),
-            PROGRAM.replace("NAME", self.name)
-            .replace("CLASSES", str(self.plan.logits.channels))
-            .replace("CHANNELS", str(self.plan.image.channels))
-            .replace("SIZE", str(self.plan.image.size)),
+            program,
         ]
         return "\n".join(parts)
 
@@ -81,20 +88,18 @@ class CSource:
         image, name = self.plan.image, self.name
         layout = "" if image.channels == 1 else "three planes (red, green, blue) of "
         lines = [
-            *self.notes,
+            *(note.replace("*/", "* /") for note in self.notes),
             "",
-            f"    void {name}_logits(const uint8_t *image, float *logits);",
+            f"{name}_logits takes {layout}{image.size} rows of {image.size} pixels in 0..255.",
+            f"It writes {self.plan.logits.channels} logits; the largest is that of the class.",
+            f"{name}_classes has the names of the classes. One thread may call it at a time.",
+            "The lines from `#include <stdint.h>` to the second `#endif` are a header.",
             "",
-            f"takes {layout}{image.size} rows of {image.size} pixels in 0..255 and gives "
-            f"{self.plan.logits.channels} numbers, the largest",
-            f"of which is at the class ({name}_classes has the names). One call at a time: all",
-            "maps are in static memory.",
-            "",
-            f"Flash: {self.table_bytes / 1000:,.0f} kB of tables and 10 to 40 kB of code. "
+            f"Flash: {self.table_bytes / 1000:,.0f} kB of tables and 10 to 40 kB of code.",
             f"RAM: {self.memory_bytes / 1000:,.0f} kB and some stack.",
             "",
-            "To compile it for what calls it, or as a program that prints the class of each image",
-            "in an IDX file:",
+            "To compile it for your program, or as a program that prints the class of each",
+            "image in an IDX file:",
             "",
             f"    cc -O3 -march=native -c {name}.c",
             f"    cc -O3 -march=native -DCLASSIFY_MAIN {name}.c -o classify",
@@ -121,13 +126,13 @@ class CSource:
     def _weights(self, p: Product) -> list[tuple[str, str]]:
         """Types and names of the tables of a product."""
         name, rows, kept = re.sub(r"\W", "_", p.name), len(p.bias), p.values.numpy() != 0
-        row = np.repeat(np.arange(rows), np.diff(p.first.numpy()))[kept]
-        taps, values = p.taps.numpy()[kept].astype(np.int64), p.values.numpy()[kept]
-        order = np.lexsort((taps, row))
-        row, taps, values = row[order], taps[order], values[order]
-        gaps = np.diff(taps, prepend=0)
+        row = np.repeat(np.arange(rows), np.diff(p.starts.numpy()))[kept]
+        offsets, values = p.offsets.numpy()[kept].astype(np.int64), p.values.numpy()[kept]
+        order = np.lexsort((offsets, row))
+        row, offsets, values = row[order], offsets[order], values[order]
+        gaps = np.diff(offsets, prepend=0)
         begins = np.diff(row, prepend=-1) > 0
-        gaps[begins] = taps[begins]
+        gaps[begins] = offsets[begins]
         tables, weight = [], "float"
         if self.bits < 32 and p is not self.plan.products[0]:
             weight = "int8_t" if self.bits <= 8 else "int16_t"
@@ -136,9 +141,9 @@ class CSource:
             np.maximum.at(scales, row, np.abs(values))
             scales /= steps
             levels = np.rint(values / scales[row])
-            values = np.where(levels == 0, np.sign(values), levels)  # as many as there were
+            values = np.where(levels == 0, np.sign(values), levels)  # the count stays
             tables.append(("float", f"{name}_scales", scales))
-        # A gap that is too long for its type is led up to by weights of 0.
+        # Zero weights split a gap that is too long for its type.
         choices = {}
         for kind, longest in (("uint8_t", 255), ("uint16_t", 65535)):
             fillers = np.maximum(gaps - 1, 0) // longest
@@ -163,29 +168,27 @@ class CSource:
     # --- code -----------------------------------------------------------------------------------
 
     def _function(self, kind: str, lines: Sequence[str]) -> str:
-        """The name of the function with these lines, in which it is NAME."""
+        """The name of the function with these lines, a template in which its name is $f."""
         text = "\n".join([*lines, ""])
         return self.functions.setdefault(text, f"{kind}{len(self.functions)}")
 
-    def _step(self, p: Product) -> list[str]:
-        """What does a product."""
-        source, target = self.places[p.source.base], self.places[p.target.base]
+    def _step(self, p: Product, cleared: Sequence[FeatureMap]) -> list[str]:
+        """The call that computes a product."""
+        source, target = p.source.base, p.target.base
         lines = [f"    /* {p.name} */"]
-        if p.copy:
+        if p.copy:  # of the border too
             copy = self._function("copy", _copy(p.source, p.target))
             return [*lines, f"    {copy}(memory + {source}, memory + {target});"]
+        lines += map(self._clear, cleared)
         tables = self._weights(p)
         pool = pooled = ""
-        for cleared in [p.target, *([p.pool.target] if p.pool else [])]:
-            if cleared.border and not p.add:
-                lines.append(self._clear(cleared))
         if p.pool:
-            pool = self._function("pool", _pool(p.pool, p.target))
-            pooled = f", memory + {self.places[p.pool.target.base]}"
+            pool = self._function("pool", _pool(p))
+            pooled = f", memory + {p.pooled.base}"
         body, reads = _product(p, [kind for kind, _ in tables], pool)
         product = self._function("product", body)
-        # The last vector may reach beyond what is meant.
-        furthest = int(p.taps.max()) if len(p.taps) else 0
+        # The last vector may reach beyond the feature map.
+        furthest = int(p.offsets.max()) if len(p.offsets) else 0
         rows = 0 if p.pool else len(p.bias) - 1
         writes = rows * p.target.stride + p.target.at(0, 0) + reads
         self.cells = max(self.cells, source + furthest + reads, target + writes)
@@ -197,65 +200,36 @@ class CSource:
             f"        memory + {source}, memory + {target}{pooled});",
         ]
 
-    def _clear(self, m: Map) -> str:
-        place, cells = self.places[m.base], m.channels * m.stride
-        return f"    memset(memory + {place}, 0, {cells} * sizeof *memory);"
+    def _clear(self, m: FeatureMap) -> str:
+        return f"    memset(memory + {m.base}, 0, {m.cells} * sizeof *memory);"
 
     def _entry(self) -> list[str]:
         image, logits = self.plan.image, self.plan.logits
-        place, p, border, side = self.places[image.base], image.phases, image.border, image.side
+        place, p, border, side = image.base, image.phases, image.border, image.side
         phase = f"((y + {border}) % {p} * {p} + (x + {border}) % {p})"
         at = f"({phase} * {side} + (y + {border}) / {p}) * {side} + (x + {border}) / {p}"
         return [
             f"void {self.name}_logits(const uint8_t *image, float *logits)",
             "{",
-            self._clear(image),
+            *map(self._clear, self.plan.cleared[0]),
             f"    for (int c = 0; c < {image.channels}; c++)",
             f"        for (int y = 0; y < {image.size}; y++)",
             f"            for (int x = 0; x < {image.size}; x++)",
             f"                memory[{place} + c * {image.stride} + {at}] =",
             "                    *image++ / 127.5f - 1;",
             *self.steps,
-            f"    memcpy(logits, memory + {self.places[logits.base]}, "
-            f"{logits.channels} * sizeof *logits);",
+            f"    memcpy(logits, memory + {logits.base}, {logits.channels} * sizeof *logits);",
             "}",
             "",
         ]
 
 
-def _places(plan: Plan) -> tuple[dict[int, int], int]:
-    """Where in memory each map begins, by its `base`, and how many cells that takes.
-
-    Each map has its place from the first product that writes it to the last that reads it.
-    """
-    maps, lives = {}, {}
-    for step, product in enumerate(plan.products):
-        pooled = [product.pool.target] if product.pool else []
-        for used in (product.source, product.target, *pooled):
-            maps[used.base] = used
-            lives.setdefault(used.base, [step, step])[1] = step
-    places: dict[int, int] = {}
-    for base, (first, last) in sorted(lives.items(), key=lambda item: item[1][0]):
-        taken = sorted(
-            (places[other], places[other] + maps[other].channels * maps[other].stride)
-            for other in places
-            if lives[other][0] <= last and first <= lives[other][1]
-        )
-        place = 0
-        for begin, end in taken:
-            if place + maps[base].channels * maps[base].stride <= begin:
-                break
-            place = max(place, end)
-        places[base] = place
-    return places, max(places[base] + m.channels * m.stride for base, m in maps.items())
-
-
 def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
-    """A function for products of this shape, and how many positions it reads from a tap on."""
+    """A function for products of this shape, and how many positions it reads for a weight."""
     size, source, target = p.target.size, p.source.side, p.target.side
     flat = size <= FLAT and source == target
     cells = (size - 1) * source + size
-    if flat:  # all positions are equally far apart in both maps: rows need not be told apart
+    if flat:  # positions are equally far apart in both feature maps, rows included
         width = POSITIONS if cells > 8 else min(8, 1 << (cells - 1).bit_length())
         vectors, columns = -(-cells // width), 1
     else:
@@ -264,25 +238,25 @@ def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
     pieces = -(-vectors // SUMS)
     vectors = -(-vectors // pieces)
     step = width if flat else source
-    turns = 4 if vectors * width <= 8 else 1  # of sums, if one would wait for itself
+    turns = 4 if vectors * width <= 8 else 1  # several sums, if one would wait for itself
     names = ["counts", "gaps", "weights", "scales", "bias"]
     names = names if len(kinds) == 5 else [n for n in names if n != "scales"]
     parameters = [f"const {kind} *{name}" for kind, name in zip(kinds, names, strict=True)]
     if flat and cells > 1:
         inside = [int(i < cells and i % source < size) for i in range(pieces * vectors * width)]
         row = "".join(f"{i}," for i in inside)
-        lines = [f"static const uint8_t NAME_inside[{len(inside)}] = {{", row, "};", ""]
+        lines = [f"static const uint8_t ${{f}}_inside[{len(inside)}] = {{", row, "};", ""]
     else:
         lines = []
     lines += [
-        f"/* To maps of {size} x {size}: {vectors} x {width} positions at a time. */",
-        "static void NAME(int rows, int add, float lowest,",
+        f"/* To {size} x {size} pixels: {vectors} x {width} positions at a time. */",
+        "static void $f(int rows, int add, float lowest,",
         f"    {', '.join(parameters[:3])},",
         f"    {', '.join(parameters[3:])}, const float *x, float *y"
         + (", float *pooled)" if pool else ")"),
         "{",
         f"    for (int o = 0; o < rows; o++, {'pooled' if pool else 'y'} += "
-        f"{p.pool.target.stride if p.pool else p.target.stride}) {{",
+        f"{(p.pooled or p.target).stride}) {{",
         "        const int count = (int)counts[o];",
     ]
     indent = " " * 8
@@ -341,7 +315,7 @@ def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
     corner = p.target.at(0, 0)
     offset = f"y + {corner}" if corner else "y"
     if flat:
-        test = f"NAME_inside[{width} * v + j{begin.replace(' +', ' +')}]" if cells > 1 else ""
+        test = f"${{f}}_inside[{width} * v + j{begin.replace(' +', ' +')}]" if cells > 1 else ""
         place = f"{offset}{begin} + {width} * v + j"
         rows_left = lanes_left = ""
     else:
@@ -372,12 +346,12 @@ def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
     return [*lines, "    }", "}"], max(reads, writes)
 
 
-def _copy(source: Map, target: Map) -> list[str]:
+def _copy(source: FeatureMap, target: FeatureMap) -> list[str]:
     """A function that sorts the pixels of each channel by their remainders modulo a stride."""
     p, side, channels = target.phases, source.side, source.channels
     return [
-        f"/* {channels} maps of {side} x {side}: every {p}th pixel of every {p}th row together. */",
-        "static void NAME(const float *x, float *y)",
+        f"/* {channels} x {side} x {side}: every {p}th pixel of every {p}th row together. */",
+        "static void $f(const float *x, float *y)",
         "{",
         f"    for (int c = 0; c < {channels}; c++, x += {source.stride})",
         f"        for (int i = 0; i < {p}; i++)",
@@ -390,15 +364,15 @@ def _copy(source: Map, target: Map) -> list[str]:
     ]
 
 
-def _pool(pool: Pool, source: Map) -> list[str]:
-    """A function for the maxima of one channel; the border is zero, and so is the least value."""
-    size, side, kernel, stride = pool.target.size, source.side, pool.kernel, pool.stride
+def _pool(p: Product) -> list[str]:
+    """A function for the max-pool of one channel, whose border and smallest value are zero."""
+    size, side, kernel, stride = p.pooled.size, p.target.side, p.pool.kernel_size, p.pool.stride
     return [
         f"/* The largest of each {kernel} x {kernel}, {stride} apart. */",
-        "static void NAME(const float *x, float *y)",
+        "static void $f(const float *x, float *y)",
         "{",
-        f"    y += {pool.target.at(0, 0)};",
-        f"    for (int v = 0; v < {size}; v++, x += {stride * side}, y += {pool.target.side}) {{",
+        f"    y += {p.pooled.at(0, 0)};",
+        f"    for (int v = 0; v < {size}; v++, x += {stride * side}, y += {p.pooled.side}) {{",
         f"        float rows[{side}];",
         f"        memcpy(rows, x, {side} * sizeof *rows);",
         f"        for (int i = 1; i < {kernel}; i++)",
@@ -429,10 +403,19 @@ def identifier(name: str) -> str:
 
 
 HEAD = """#include <float.h>
-#include <stdint.h>
 #include <string.h>
 
-#ifdef __clang__ /* which keeps sums in registers only if told; GCC does so by itself */
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+extern const char *const ${name}_classes[$classes];
+void ${name}_logits(const uint8_t *image, float *logits);
+#ifdef __cplusplus
+}
+#endif
+
+#ifdef __clang__ /* which keeps sums in registers only with this; GCC does so by itself */
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL
@@ -457,20 +440,20 @@ static long number(FILE *file)
 
 int main(int argc, char **argv)
 {
-    static uint8_t image[CHANNELS * SIZE * SIZE];
-    float logits[CLASSES];
+    static uint8_t image[$channels * $size * $size];
+    float logits[$classes];
     FILE *file = argc == 2 ? fopen(argv[1], "rb") : NULL;
     if (file == NULL) {
         fprintf(stderr, "usage: %s FILE, an IDX file of images\n", argv[0]);
         return 2;
     }
     const long kind = number(file), images = number(file);
-    int fits = images >= 0 && kind == (CHANNELS == 1 ? 0x0803 : 0x0804);
-    if (CHANNELS > 1)
-        fits = fits && number(file) == CHANNELS;
-    fits = fits && number(file) == SIZE && number(file) == SIZE;
+    int fits = images >= 0 && kind == ($channels == 1 ? 0x0803 : 0x0804);
+    if ($channels > 1)
+        fits = fits && number(file) == $channels;
+    fits = fits && number(file) == $size && number(file) == $size;
     if (!fits) {
-        fprintf(stderr, "%s: not an IDX file of images of SIZE x SIZE\n", argv[1]);
+        fprintf(stderr, "%s: not an IDX file of images of $size x $size\n", argv[1]);
         return 2;
     }
     for (long i = 0; i < images; i++) {
@@ -479,8 +462,8 @@ int main(int argc, char **argv)
             fprintf(stderr, "%s: ends before its last image\n", argv[1]);
             return 2;
         }
-        NAME_logits(image, logits);
-        for (int c = 1; c < CLASSES; c++)
+        ${name}_logits(image, logits);
+        for (int c = 1; c < $classes; c++)
             best = logits[c] > logits[best] ? c : best;
         printf("%d\n", best);
     }

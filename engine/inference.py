@@ -1,15 +1,15 @@
-"""The pruned network run fast on a CPU: only weights that are not zero are multiplied.
+"""A pruned network run fast on a CPU: only non-zero weights are multiplied.
 
-    engine = SparseResNet(model, image_size=28)   # from any torchvision ResNet, BatchNorm folded
+    engine = SparseResNet(model, image_size=28)   # of any torchvision ResNet; BatchNorm is folded
     logits = engine(images)                       # as model(images), up to rounding
 
-A vector register holds one value of 16 images (8 without AVX-512), so that a multiply-add with one
-weight serves them all and no index is ever looked up per image. Each convolution is one loop over
-its weights that are not zero, output channel by output channel: the channel's map, in pieces of up
-to 28 positions, stays in registers while each weight adds its multiple of a shifted input map,
-whose place is read once for the whole piece. For few images the registers hold 16 neighbouring
-positions of one image instead. The code for that (llvm_source.py) is written and compiled when an
-engine of its shape is first called, in 0.2 to 0.4 s.
+A vector register holds one value of 16 images (8 without AVX-512): a multiply-add with one weight
+serves them all, and no index is looked up per image. Each convolution is one loop over its non-zero
+weights, output channel by output channel. The sums of the output channel, at up to 28 positions,
+stay in registers while each weight adds its multiple of a shifted input feature map, whose offset
+is read once for all positions. For small batches a register holds 16 neighboring positions of one
+image instead. The code (llvm_source.py) is written and compiled when an engine of its shape is
+first called, which takes 0.2 to 0.4 s.
 """
 
 import contextlib
@@ -22,32 +22,33 @@ from torch import Tensor, nn
 
 from engine import llvm_source
 from engine.plan import Plan
+from engine.threads import share_tiles
 
 
-class _Compiled:
-    """A plan's code, and scratch memories for as many tiles as are worked on at once."""
+class _TileRunner:
+    """The machine code of a plan, and a scratch memory for each thread that is running it."""
 
     def __init__(self, plan: Plan):
         self.plan = plan  # holds the tensors that the code reads
         self._addresses = llvm_source.addresses(plan.tables)
-        self._functions = llvm_source.compiled(plan.shape, self._write)
+        self._run = llvm_source.compile_once(plan.shape, self._write)["run"]
         self._idle: list[Tensor] = []
 
     def _write(self) -> tuple[llvm_source.Code, dict]:
-        code = llvm_source.Engine(self.plan)
+        code = llvm_source.PlanCode(self.plan)
         return code, {"run": code.run}
 
     def run(self, *arguments: int) -> None:
-        """One tile; arguments as of llvm_source.Engine's `run`, but the tables."""
-        self._functions.run(*arguments, self._addresses.data_ptr())
+        """Compute one tile; arguments as of PlanCode's `run`, without the tables."""
+        self._run(*arguments, self._addresses.data_ptr())
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[int]:
-        """The address of a scratch memory that nobody else uses meanwhile."""
+        """The address of a scratch memory that no other thread uses meanwhile."""
         try:
             memory = self._idle.pop()
         except IndexError:
-            # The last vector may reach beyond. Borders are zero, and stay it.
+            # The last vector may reach beyond the last cell. Borders are zero and stay zero.
             floats = (self.plan.cells + self.plan.positions) * self.plan.images
             memory = torch.zeros(floats)
         yield memory.data_ptr()
@@ -55,34 +56,37 @@ class _Compiled:
 
 
 class SparseResNet(nn.Module):
-    """A torchvision ResNet's function, without its zeros; on the CPU, without gradients.
+    """The function of a torchvision ResNet without its zero weights; on the CPU, no gradients.
 
-    `grey`: the images' three channels are equal, and only the first is read. Any number of threads
-    can use one engine at the same time. Copies and pickles are compiled anew, for the machine that
-    they are on.
+    `grey`: the images have three equal channels, and only the first is read. By default this is so
+    if all weights of the other two channels are zero, as in a network pruned for gray images. Any
+    number of threads can call one engine at the same time. Copies and pickles are compiled again,
+    for the machine that they are on.
     """
 
-    def __init__(self, model: nn.Module, image_size: int, grey: bool = True):
+    def __init__(self, model: nn.Module, image_size: int, grey: bool | None = None):
         super().__init__()
         lanes, _ = llvm_source.host()
+        if grey is None:
+            grey = not model.conv1.weight[:, 1:].any()
         size = image_size, 1 if grey else 3
         self.many = Plan(model, *size, images=lanes, positions=1)
-        self.few = Plan(model, *size, images=1, positions=lanes)
+        self.few = Plan(model, *size, images=1, positions=lanes, reuse=False)
         self._prepare()
         self.eval()
 
     def _prepare(self) -> None:
-        """What belongs to this machine and process, and is neither copied nor pickled."""
+        """Set what belongs to this machine and process, and is neither copied nor pickled."""
         self.values = nn.ParameterList(
             nn.Parameter(product.values, requires_grad=False) for product in self.many.products
         )
         self.threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.threads)  # its threads sleep while they wait
-        self._compiled: dict[int, _Compiled] = {}
+        self._runners: dict[int, _TileRunner] = {}
         self._compiling = threading.Lock()
 
     def __getstate__(self) -> dict:
-        own = ("_pool", "_compiled", "_compiling")
+        own = ("_pool", "_runners", "_compiling")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict) -> None:
@@ -99,25 +103,19 @@ class SparseResNet(nn.Module):
             raise ValueError(f"expected float32 (N, 3, {size}, {size}), got {tuple(images.shape)}")
         logits = torch.empty(n, self.many.logits.channels)
         plan = self.few if 4 * n <= 3 * self.many.images else self.many  # measured: as fast at 12
-        code = self._code(plan)
-        tiles = -(-n // plan.images)
-        left = iter(range(tiles))  # shared: a thread that is held up leaves its tiles to others
+        runner = self._runner(plan)
+        arguments = images.data_ptr(), n, *images.stride(), logits.data_ptr()
 
-        def run() -> None:
-            with code.scratch() as memory:
-                for tile in left:
-                    places = logits.data_ptr(), memory, tile
-                    code.run(images.data_ptr(), n, *images.stride(), *places)
+        def run(tiles: Iterator[int], thread: int) -> None:
+            with runner.scratch() as memory:
+                for tile in tiles:
+                    runner.run(*arguments, memory, tile)
 
-        others = [self._pool.submit(run) for _ in range(1, min(self.threads, tiles))]
-        run()
-        for other in others:
-            if not other.cancel():  # not begun: the pool is at another call's tiles
-                other.result()
+        share_tiles(self._pool, self.threads, -(-n // plan.images), run)
         return logits
 
-    def _code(self, plan: Plan) -> _Compiled:
+    def _runner(self, plan: Plan) -> _TileRunner:
         with self._compiling:
-            if plan.images not in self._compiled:
-                self._compiled[plan.images] = _Compiled(plan)
-            return self._compiled[plan.images]
+            if plan.images not in self._runners:
+                self._runners[plan.images] = _TileRunner(plan)
+            return self._runners[plan.images]

@@ -1,32 +1,34 @@
-"""What training without the zeros needs beside products, in LLVM's language: gradients of weights,
-BatchNorm, ReLU, max-pool, each for one tile of images.
+"""LLVM code that training needs beside the products: gradients of weights, BatchNorm, ReLU and
+max-pool, each for one tile of images.
 
-Maps have no border, (channels, positions, images of a tile), unless a `Map` says so. What belongs
-to channels is float32, (channels,); "sums" of a tile are two such rows, one behind the other.
+Feature maps are (channels, positions, images of a tile), without a border unless a `FeatureMap`
+says so. Values of channels are float32 (channels,); the sums of a tile are two such rows, one after
+the other.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from engine.llvm_source import F32, I64, Code, loop
-from engine.plan import Map, Product
+from engine.llvm_source import F32, I64, Code, for_range
+from engine.plan import FeatureMap, Product
 
 
 class TrainingCode(Code):
-    """A module of such functions."""
+    """A module of these functions."""
 
     def __init__(self, images: int):
         super().__init__(images)
         self.zero = ir.Constant(self.cell, [0.0] * images)
 
     def _channels(self, b: ir.IRBuilder, channels: int, body: Callable) -> None:
-        loop(b, I64(0), I64(channels), 1, body)
+        for_range(b, I64(0), I64(channels), 1, body)
 
     def _sweep(
         self, b: ir.IRBuilder, n: int, body: Callable, carried: Sequence[ir.Value] = ()
     ) -> list[ir.Value]:
-        """carried = body(i, *carried) for i in range(n), several at a time."""
+        """Write `for i in range(n): carried = body(i, *carried)`, unrolled; returns `carried`."""
         step = next(s for s in (7, 4, 3, 2, 1) if n % s == 0)
 
         def several(i: ir.Value, *current: ir.Value) -> Sequence[ir.Value]:
@@ -34,21 +36,22 @@ class TrainingCode(Code):
                 current = body(b.add(i, I64(k)), *current) or ()
             return current
 
-        return loop(b, I64(0), I64(n), step, several, carried)
+        return for_range(b, I64(0), I64(n), step, several, carried)
 
     def _number(self, b: ir.IRBuilder, base: ir.Value, index: ir.Value) -> ir.Value:
         """base[index], the same for all images."""
         return self._splat(b, self._float(b, base, index), self.cell)
 
     def _total(self, b: ir.IRBuilder, value: ir.Value, base: ir.Value, index: ir.Value) -> ir.Value:
-        """base[index] = the sum over the images."""
+        """base[index] = the sum of `value` over the images."""
         add_up = self._intrinsic(f"llvm.vector.reduce.fadd.v{self.images}f32", F32, F32, self.cell)
         total = b.call(add_up, [F32(0.0), value], fastmath=("reassoc",))
         b.store(total, b.gep(base, [index], source_etype=F32))
         return total
 
-    def pad(self, size: int, target: Map) -> ir.Function:
-        """void (x, target): a map of `size` pixels a side, within the border of `target`."""
+    def pad(self, size: int, target: FeatureMap) -> ir.Function:
+        """void (x, target): copy a feature map of `size` pixels a side inside the border of
+        `target`."""
 
         def body(b: ir.IRBuilder, x: ir.Value, to: ir.Value) -> None:
             self._each_pixel(b, size, target, 1, to, lambda c, at: self._load(b, x, at))
@@ -59,13 +62,13 @@ class TrainingCode(Code):
         self,
         b: ir.IRBuilder,
         size: int,
-        target: Map,
+        target: FeatureMap,
         step: int,
         to: ir.Value,
         value: Callable[[ir.Value, ir.Value], ir.Value],
     ) -> None:
-        """value(channel, place) for each pixel, put at every `step`-th one of every `step`-th row
-        of `target`."""
+        """Store value(channel, offset) for each pixel, in every `step`-th pixel of every `step`-th
+        row of `target`."""
 
         def row(c: ir.Value, y: ir.Value) -> None:
             read = b.mul(b.add(b.mul(c, I64(size)), y), I64(size))
@@ -78,11 +81,11 @@ class TrainingCode(Code):
 
             self._sweep(b, size, pixel)
 
-        self._channels(b, target.channels, lambda c: loop(
+        self._channels(b, target.channels, lambda c: for_range(
             b, I64(0), I64(size), 1, lambda y: row(c, y)))  # fmt: skip
 
     def moments(self, channels: int, positions: int) -> ir.Function:
-        """void (x, sums): each channel's mean, and its sum of squared distances from that."""
+        """void (x, sums): each channel's mean, and its sum of squared differences from the mean."""
 
         def body(b: ir.IRBuilder, x: ir.Value, sums: ir.Value) -> None:
             share = F32(1 / (positions * self.images))
@@ -131,8 +134,8 @@ class TrainingCode(Code):
         return self._shared(("normalize", channels, positions, int(add), int(relu)), 5, body)
 
     def norm_gradient(self, channels: int, positions: int, relu: bool) -> ir.Function:
-        """void (dy, y, x, mean, sums): with `relu`, dy becomes 0 where y is; the sums of dy, and of
-        dy * (x - mean)."""
+        """void (dy, y, x, mean, sums): the sums of dy, and of dy * (x - mean). With `relu`, dy is
+        first set to 0 where y is 0."""
 
         def body(b: ir.IRBuilder, *arguments: ir.Value) -> None:
             dy, y, x, mean, sums = arguments
@@ -144,8 +147,8 @@ class TrainingCode(Code):
                     at = b.add(first, i)
                     value = self._load(b, dy, at)
                     if relu:
-                        alive = b.fcmp_ordered(">", self._load(b, y, at), self.zero)
-                        value = b.select(alive, value, self.zero)
+                        active = b.fcmp_ordered(">", self._load(b, y, at), self.zero)
+                        value = b.select(active, value, self.zero)
                         self._store(b, value, dy, at)
                     inputs = [value, b.fsub(self._load(b, x, at), middle), product]
                     return [b.fadd(total, value), b.call(self._multiply_add(self.cell), inputs)]
@@ -158,9 +161,9 @@ class TrainingCode(Code):
 
         return self._shared(("norm_gradient", channels, positions, int(relu)), 5, body)
 
-    def combine(self, size: int, target: Map, step: int) -> ir.Function:
-        """void (dy, x, factors, target): factors[0] * dy + factors[1] * x + factors[2], each of
-        them (channels,), at every `step`-th pixel of every `step`-th row of `target`."""
+    def combine(self, size: int, target: FeatureMap, step: int) -> ir.Function:
+        """void (dy, x, factors, target): factors[0] * dy + factors[1] * x + factors[2], in every
+        `step`-th pixel of every `step`-th row of `target`; each of the factors is (channels,)."""
 
         def body(b: ir.IRBuilder, *arguments: ir.Value) -> None:
             dy, x, factors, to = arguments
@@ -177,18 +180,21 @@ class TrainingCode(Code):
 
         return self._shared(("combine", target.channels, size, target.border, step), 4, body)
 
-    def gradient(self, p: Product, held_map: Map, step: int) -> ir.Function:
-        """void (source, gradient, row, sums, tables): of the loss by each weight of `p`, float32 in
-        the order of p.values. `gradient` is like `held_map`, its pixels `step` apart; `row` is
-        memory for a cell of each weight of an output channel."""
-        key = "gradient", p.shape, held_map, step
-        return self._shared(key, 5, lambda b, *args: self._gradient(b, p, held_map, step, *args))
+    def gradient(self, p: Product, spread: FeatureMap, step: int) -> ir.Function:
+        """void (source, gradient, row, sums, tables): the gradient of each weight of `p`, float32
+        in the order of p.values.
+
+        `gradient` has the layout of `spread`, its pixels `step` apart. `row` is scratch memory: a
+        cell for each weight of an output channel.
+        """
+        key = "gradient", p.shape, spread, step
+        return self._shared(key, 5, lambda b, *args: self._gradient(b, p, spread, step, *args))
 
     def _gradient(
         self,
         b: ir.IRBuilder,
         p: Product,
-        held_map: Map,
+        spread: FeatureMap,
         step: int,
         source: ir.Value,
         gradient: ir.Value,
@@ -196,80 +202,80 @@ class TrainingCode(Code):
         results: ir.Value,
         tables: ir.Value,
     ) -> None:
-        first, taps = (self._table(b, tables, n) for n in range(2))
+        starts, offsets = (self._table(b, tables, n) for n in range(2))
         multiply_add = self._multiply_add(self.cell)
-        size = p.target.size
-        held_at = [held_map.at(y * step, x * step) for y in range(size) for x in range(size)]
-        places = [(read, at) for (read, _, _), at in zip(p.vectors, held_at, strict=True)]
-        pieces = -(-len(places) // (self.sums + 1))  # a register is a sum, the rest are held
+        pixels = itertools.product(range(p.target.size), repeat=2)
+        held_at = [spread.at(y * step, x * step) for y, x in pixels]
+        places = [(v.read, at) for v, at in zip(p.vectors, held_at, strict=True)]
+        pieces = -(-len(places) // (self.sums + 1))  # one register is the sum, the others are held
         length = -(-len(places) // pieces)
 
         def row(o: ir.Value) -> None:
-            start, stop = (self._integer(b, first, b.add(o, I64(i))) for i in (0, 1))
-            at = self._at(b, gradient, b.mul(o, I64(held_map.stride)))
+            start, stop = (self._integer(b, starts, b.add(o, I64(i))) for i in (0, 1))
+            at = self._at(b, gradient, b.mul(o, I64(spread.stride)))
             for begin in range(0, len(places), length):
                 piece = places[begin : begin + length]
                 held = [self._load(b, at, place) for _, place in piece]
 
                 def weight(k: ir.Value, begin=begin, piece=piece, held=held) -> None:
-                    tap = self._at(b, source, self._integer(b, taps, k))
+                    shifted = self._at(b, source, self._integer(b, offsets, k))
                     kept = b.sub(k, start)
                     total = self._load(b, partial, kept) if begin else self.zero
                     for (read, _), factor in zip(piece, held, strict=True):
-                        total = b.call(multiply_add, [self._load(b, tap, read), factor, total])
+                        inputs = [self._load(b, shifted, read), factor, total]
+                        total = b.call(multiply_add, inputs)
                     if begin + length < len(places):
                         self._store(b, total, partial, kept)
                     else:
                         self._total(b, total, results, k)
 
-                loop(b, start, stop, 1, weight)
+                for_range(b, start, stop, 1, weight)
 
         self._channels(b, len(p.bias), row)
 
     def _each_window(
-        self, b: ir.IRBuilder, channels: int, size: int, pool: tuple[int, int, int], body: Callable
+        self,
+        b: ir.IRBuilder,
+        channels: int,
+        size: int,
+        windows: tuple[int, int],
+        table: ir.Value,
+        body: Callable,
     ) -> None:
-        """body(place of the output, places of its window's inputs) for each window of a max-pool
-        (kernel, stride, padding). A place outside of the map is replaced by the nearest inside,
-        which the window has as well."""
-        kernel, stride, padding = pool
-        outputs = (size + 2 * padding - kernel) // stride + 1
+        """body(offset of the output, offsets of its inputs) for each window of a max-pool.
 
-        def inside(v: ir.Value, tap: int) -> ir.Value:
-            v = b.add(b.mul(v, I64(stride)), I64(tap - padding))
-            v = b.select(b.icmp_signed("<", v, I64(0)), I64(0), v)
-            return b.select(b.icmp_signed(">", v, I64(size - 1)), I64(size - 1), v)
+        `windows` is the shape of `table`, int32: for each window, offsets in a channel.
+        """
+        count, inputs = windows
 
-        def window(c: ir.Value, y: ir.Value, x: ir.Value) -> None:
-            lines = [b.add(b.mul(c, I64(size)), inside(y, tap)) for tap in range(kernel)]
-            columns = [inside(x, tap) for tap in range(kernel)]
-            places = [b.add(b.mul(line, I64(size)), k) for line in lines for k in columns]
-            at = b.add(b.mul(b.add(b.mul(c, I64(outputs)), y), I64(outputs)), x)
-            body(at, places)
+        def window(c: ir.Value, n: ir.Value) -> None:
+            first, row = b.mul(c, I64(size * size)), b.mul(n, I64(inputs))
+            places = [self._integer(b, table, b.add(row, I64(i))) for i in range(inputs)]
+            body(b.add(b.mul(c, I64(count)), n), [b.add(first, place) for place in places])
 
-        self._channels(b, channels, lambda c: loop(
-            b, I64(0), I64(outputs), 1, lambda y: loop(
-                b, I64(0), I64(outputs), 1, lambda x: window(c, y, x))))  # fmt: skip
+        self._channels(b, channels, lambda c: for_range(
+            b, I64(0), I64(count), 1, lambda n: window(c, n)))  # fmt: skip
 
-    def pool(self, channels: int, size: int, pool: tuple[int, int, int]) -> ir.Function:
-        """void (x, y): the largest of each window (kernel, stride, padding)."""
+    def pool(self, channels: int, size: int, windows: tuple[int, int]) -> ir.Function:
+        """void (x, y, table): the largest input of each window."""
 
-        def body(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> None:
+        def body(b: ir.IRBuilder, x: ir.Value, y: ir.Value, table: ir.Value) -> None:
             def window(at: ir.Value, places: list[ir.Value]) -> None:
                 best = self._load(b, x, places[0])
                 for place in places[1:]:
                     best = self._max(b, best, self._load(b, x, place))
                 self._store(b, best, y, at)
 
-            self._each_window(b, channels, size, pool, window)
+            self._each_window(b, channels, size, windows, table, window)
 
-        return self._shared(("pool", channels, size, *pool), 2, body)
+        return self._shared(("pool", channels, size, *windows), 3, body)
 
-    def pool_gradient(self, channels: int, size: int, pool: tuple[int, int, int]) -> ir.Function:
-        """void (x, y, dy, dx): to the first of the largest of each window, as in PyTorch."""
+    def pool_gradient(self, channels: int, size: int, windows: tuple[int, int]) -> ir.Function:
+        """void (x, y, dy, dx, table): dy of each window goes to the first of its largest inputs, as
+        in PyTorch."""
 
         def body(b: ir.IRBuilder, *arguments: ir.Value) -> None:
-            x, y, dy, dx = arguments
+            x, y, dy, dx, table = arguments
             self._sweep(b, channels * size * size, lambda i: self._store(b, self.zero, dx, i))
 
             def window(at: ir.Value, places: list[ir.Value]) -> None:
@@ -280,6 +286,6 @@ class TrainingCode(Code):
                     self._store(b, b.fadd(before, b.select(hit, rest, self.zero)), dx, place)
                     rest = b.select(hit, self.zero, rest)
 
-            self._each_window(b, channels, size, pool, window)
+            self._each_window(b, channels, size, windows, table, window)
 
-        return self._shared(("pool_gradient", channels, size, *pool), 4, body)
+        return self._shared(("pool_gradient", channels, size, *windows), 5, body)

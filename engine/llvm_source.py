@@ -1,13 +1,13 @@
-"""A plan, or its parts, as LLVM's intermediate language, and that as functions to call.
+"""A plan, or a part of it, as LLVM's intermediate representation and as machine code.
 
-All shapes are constants of the code, all that differs between networks of one shape is in tables,
-whose addresses it is called with: so it is compiled once for each shape. A vector register holds
-one value of 16 images (8 without AVX-512), or 16 neighbouring positions of one; memory is addressed
-in cells, one value of every image of a tile.
+All shapes are constants of the code. All that differs between networks of one shape is in tables,
+whose addresses are arguments: so each shape is compiled once. A vector register holds one value of
+16 images (8 without AVX-512), or 16 neighboring positions of one image. Memory is addressed in
+cells; a cell holds one value of each image of a tile.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from ctypes import CFUNCTYPE, c_int64, c_void_p
 
 import llvmlite.binding as llvm
@@ -15,7 +15,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from engine.plan import Plan, Product
+from engine.plan import FeatureMap, Plan, Product
 
 F32, I32, I64, PTR, VOID = (
     ir.FloatType(),
@@ -28,7 +28,7 @@ llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 
 
-def loop(
+def for_range(
     b: ir.IRBuilder,
     start: ir.Value,
     stop: ir.Value,
@@ -36,7 +36,7 @@ def loop(
     body: Callable[..., Sequence[ir.Value]],
     carried: Sequence[ir.Value] = (),
 ) -> list[ir.Value]:
-    """for i in range(start, stop, step): carried = body(i, *carried); returns the last of them."""
+    """Write `for i in range(start, stop, step): carried = body(i, *carried)`; returns `carried`."""
     before, head = b.block, b.append_basic_block()
     done = b.function.append_basic_block()
     b.cbranch(b.icmp_signed("<", start, stop), head, done)
@@ -60,16 +60,16 @@ def loop(
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
-    """Of contiguous tensors, as a table for the code: int64 (tensors,)."""
+    """Addresses of contiguous tensors, a table for the code: int64 (tensors,)."""
     return torch.tensor([tensor.data_ptr() for tensor in tensors])
 
 
 class Code:
-    """A module of functions for tiles of `images` images; those of equal shape are written once."""
+    """An LLVM module of functions for tiles of `images` images; each shape is written once."""
 
     def __init__(self, images: int):
         self.images = images
-        self.sums = host()[1] - 4  # registers left after the weight, its place and the zero
+        self.sums = host()[1] - 4  # registers beside the weight, its offset and the zero
         self.cell = ir.VectorType(F32, images)
         self.module = ir.Module()
         self.written: dict[tuple, ir.Function] = {}
@@ -79,7 +79,7 @@ class Code:
         return function, ir.IRBuilder(function.append_basic_block())
 
     def _shared(self, key: tuple, pointers: int, body: Callable) -> ir.Function:
-        """The function with this key, void (pointers); `body(b, *arguments)` writes it."""
+        """The function void (pointers) for this key; `body(b, *arguments)` writes it."""
         if key not in self.written:
             function, b = self.function(f"{key[0]}{len(self.written)}", [PTR] * pointers)
             self.written[key] = function
@@ -112,7 +112,7 @@ class Code:
         return self._intrinsic(f"llvm.fmuladd.v{vector.count}f32", vector, *[vector] * 3)
 
     def after(self, b: ir.IRBuilder, tables: ir.Value, n: int) -> ir.Value:
-        """The tables behind the first `n`."""
+        """The tables after the first `n`."""
         return b.gep(tables, [I64(n)], source_etype=PTR)
 
     def _table(self, b: ir.IRBuilder, tables: ir.Value, n: int) -> ir.Value:
@@ -126,8 +126,7 @@ class Code:
         return b.load(b.gep(table, [index], source_etype=F32), typ=F32)
 
     def product(self, p: Product) -> ir.Function:
-        """void (source, target, pooled, tables): a product of this shape for one tile, between
-        these maps."""
+        """void (source, target, pooled, tables): a product of this shape for one tile."""
         return self._shared(("product", p.shape), 4, lambda b, *args: self._product(b, p, *args))
 
     def _product(
@@ -135,12 +134,12 @@ class Code:
         b: ir.IRBuilder,
         p: Product,
         source: ir.Value,
-        target_map: ir.Value,
-        pooled_map: ir.Value,
+        targets: ir.Value,
+        pooled: ir.Value,
         tables: ir.Value,
     ) -> None:
-        first, taps, values, biases = (self._table(b, tables, n) for n in range(4))
-        images, widest = self.images, max(keep[-1] + 1 for _, _, keep in p.vectors)
+        starts, offsets, values, biases = (self._table(b, tables, n) for n in range(4))
+        images, widest = self.images, max(v.cells[-1] + 1 for v in p.vectors)
         width = 1 << (widest - 1).bit_length()  # of a vector, in cells
         vector = ir.VectorType(F32, width * images)
         multiply_add = self._multiply_add(vector)
@@ -149,9 +148,9 @@ class Code:
         size = -(-len(p.vectors) // pieces)
 
         def row(o: ir.Value) -> None:
-            start, stop = (self._integer(b, first, b.add(o, I64(i))) for i in (0, 1))
+            start, stop = (self._integer(b, starts, b.add(o, I64(i))) for i in (0, 1))
             stride = 0 if p.pool else p.target.stride
-            target = self._at(b, target_map, b.mul(o, I64(stride)))
+            target = self._at(b, targets, b.mul(o, I64(stride)))
             bias = self._splat(b, self._float(b, biases, o), vector)
             for begin in range(0, len(p.vectors), size):
                 piece = p.vectors[begin : begin + size]
@@ -161,45 +160,51 @@ class Code:
                     for i in range(p.unroll):
                         at = b.add(k, I64(i))
                         value = self._splat(b, self._float(b, values, at), vector)
-                        tap = self._at(b, source, self._integer(b, taps, at))
-                        for place, _, _ in piece:
-                            x = self._load(b, tap, place, vector)
+                        shifted = self._at(b, source, self._integer(b, offsets, at))
+                        for v in piece:
+                            x = self._load(b, shifted, v.read, vector)
                             new.append(b.call(multiply_add, [x, value, sums[len(new)]]))
                     return new
 
                 sums = [
-                    b.fadd(bias, self._load(b, target, place, vector)) if p.add else bias
-                    for _, place, _ in piece
+                    b.fadd(bias, self._load(b, target, v.write, vector)) if p.add else bias
+                    for v in piece
                 ]
                 sums += [zero] * (len(piece) * (p.unroll - 1))
-                sums = loop(b, start, stop, p.unroll, add_weight, sums)
-                for i, (_, place, keep) in enumerate(piece):
+                sums = for_range(b, start, stop, p.unroll, add_weight, sums)
+                for i, v in enumerate(piece):
                     total = sums[i]
                     for other in sums[i + len(piece) :: len(piece)]:
                         total = b.fadd(total, other)
                     total = self._max(b, zero, total) if p.relu else total
-                    if len(keep) < width:  # the border stays zero
-                        kept = [cell in keep for cell in range(width) for _ in range(images)]
+                    if len(v.cells) < width:  # the border stays zero
+                        kept = [cell in v.cells for cell in range(width) for _ in range(images)]
                         mask = ir.Constant(ir.VectorType(ir.IntType(1), vector.count), kept)
-                        total = b.select(mask, total, self._load(b, target, place, vector))
-                    self._store(b, total, target, place)
+                        total = b.select(mask, total, self._load(b, target, v.write, vector))
+                    self._store(b, total, target, v.write)
             if p.pool:
-                pooled = p.pool.target
-                to = self._at(b, pooled_map, b.mul(o, I64(pooled.stride)))
-                for place, window in p.pool.windows(p.target):
-                    best = self._load(b, target, window[0])
-                    for other in window[1:]:
-                        best = self._max(b, best, self._load(b, target, other))
-                    self._store(b, best, to, place)
+                to = self._at(b, pooled, b.mul(o, I64(p.pooled.stride)))
+                for n, window in enumerate(p.pool.windows(p.target.size)):
+                    best, *others = (self._load(b, target, p.target.at(*at)) for at in window)
+                    for other in others:
+                        best = self._max(b, best, other)
+                    self._store(b, best, to, p.pooled.at(*divmod(n, p.pooled.size)))
 
-        loop(b, I64(0), I64(len(p.bias)), 1, row)
+        for_range(b, I64(0), I64(len(p.bias)), 1, row)
+
+    def _clear(self, b: ir.IRBuilder, scratch: ir.Value, maps: Sequence[FeatureMap]) -> None:
+        byte, bit = ir.IntType(8), ir.IntType(1)
+        memset = self._intrinsic("llvm.memset.p0.i64", VOID, PTR, byte, I64, bit)
+        for m in maps:
+            size = I64(4 * self.images * m.cells)
+            b.call(memset, [self._at(b, scratch, m.base), byte(0), size, bit(0)])
 
     def _max(self, b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
         """The larger; `y` if one of them is NaN. One instruction in this form alone."""
         return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
-class Engine(Code):
+class PlanCode(Code):
     """The function `run`: a whole plan for one tile."""
 
     def __init__(self, plan: Plan):
@@ -210,9 +215,9 @@ class Engine(Code):
     def _run(self, steps: list[ir.Function]) -> ir.Function:
         """void run(images, n, strides n, c, h, w, logits, scratch, tile, tables): one tile.
 
-        Images are float32 with these strides in elements, logits (n, classes). A tile's missing
-        images are copies of the last. An image with a pixel that is not finite has logits that are
-        NaN, as in the dense network, which multiplies it by zero as well.
+        Images are float32 with these strides in elements, logits (n, classes). The last tile is
+        filled up with copies of the last image. An image with a pixel that is not finite gets NaN
+        logits, as in the dense network, which multiplies that pixel by zero as well.
         """
         function, b = self.function("run", [PTR, I64, I64, I64, I64, I64, PTR, PTR, I64, PTR])
         images, n, sn, sc, sh, sw, logits, scratch, tile, tables = function.args
@@ -228,7 +233,7 @@ class Engine(Code):
             lanes.append(b.select(b.icmp_signed("<", i, end), i, end))
         sources = [float_at(images, b.mul(i, sn)) for i in lanes]
 
-        def pixel(c: ir.Value, y: ir.Value, x: ir.Value, spoilt: ir.Value) -> list[ir.Value]:
+        def pixel(c: ir.Value, y: ir.Value, x: ir.Value, poison: ir.Value) -> list[ir.Value]:
             at = b.add(b.add(b.mul(c, sc), b.mul(y, sh)), b.mul(x, sw))
             value = ir.Constant(self.cell, ir.Undefined)
             for lane, source in enumerate(sources):
@@ -237,63 +242,68 @@ class Engine(Code):
             place = self._integer(b, pixels, b.add(b.mul(y, size), x))
             place = b.add(place, b.mul(c, I64(m.stride)))
             self._store(b, value, scratch, b.add(place, I64(m.base)))
-            return [b.fadd(spoilt, b.fmul(value, zero))]
+            return [b.fadd(poison, b.fmul(value, zero))]
 
         m, size = plan.image, I64(plan.image.size)
+        self._clear(b, scratch, plan.cleared[0])
         zero = ir.Constant(self.cell, [0.0] * plan.images)
-        (spoilt,) = loop(b, I64(0), I64(plan.image.channels), 1, lambda c, s: loop(
-            b, I64(0), size, 1, lambda y, s: loop(
+        (poison,) = for_range(b, I64(0), I64(plan.image.channels), 1, lambda c, s: for_range(
+            b, I64(0), size, 1, lambda y, s: for_range(
                 b, I64(0), size, 1, lambda x, s: pixel(c, y, x, s), [s]), [s]), [zero])  # fmt: skip
         for i, (step, product) in enumerate(zip(steps, plan.products, strict=True)):
+            self._clear(b, scratch, plan.cleared[1 + i])
             own = self.after(b, tables, 1 + i * len(product.tables))
-            pooled = product.pool.target if product.pool else product.target
+            pooled = product.pooled or product.target
             places = [m.base for m in (product.source, product.target, pooled)]
             b.call(step, [*(self._at(b, scratch, place) for place in places), own])
         classes = plan.logits.channels
 
         def write(k: ir.Value) -> None:
             value = self._load(b, scratch, b.add(I64(plan.logits.base), k))
-            value = b.fadd(value, spoilt)
+            value = b.fadd(value, poison)
             for lane, i in enumerate(lanes):
                 at = float_at(logits, b.add(b.mul(i, I64(classes)), k))
                 b.store(b.extract_element(value, I32(lane)), at)
 
-        loop(b, I64(0), I64(classes), 1, write)
+        for_range(b, I64(0), I64(classes), 1, write)
         b.ret_void()
         return function
 
 
-class Compiled:
-    """Functions of a module, compiled for this machine, by these names."""
+class MachineCode:
+    """`functions`, compiled for this machine, each a callable of addresses and integers."""
 
-    def __init__(self, code: Code, functions: dict[str, ir.Function]):
+    def __init__(self, code: Code, functions: dict[Hashable, ir.Function]):
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
         )
         module = llvm.parse_assembly(str(code.module))
-        self._engine = llvm.create_mcjit_compiler(module, machine)  # holds the code
-        self._engine.finalize_object()
-        for name, function in functions.items():
-            types = [c_void_p if argument.type == PTR else c_int64 for argument in function.args]
-            address = self._engine.get_function_address(function.name)
-            setattr(self, name, CFUNCTYPE(None, *types)(address))
+        self._compiler = llvm.create_mcjit_compiler(module, machine)  # holds the code
+        self._compiler.finalize_object()
+        self.functions = {key: self._callable(function) for key, function in functions.items()}
+
+    def _callable(self, function: ir.Function) -> Callable[..., None]:
+        types = [c_void_p if argument.type == PTR else c_int64 for argument in function.args]
+        return CFUNCTYPE(None, *types)(self._compiler.get_function_address(function.name))
 
 
-_compiled: dict[tuple, Compiled] = {}
+_cache: dict[tuple, MachineCode] = {}
 _compiling = threading.Lock()
 
 
-def compiled(shape: tuple, write: Callable[[], tuple[Code, dict[str, ir.Function]]]) -> Compiled:
-    """What `write` returns, code and its functions, compiled once in a process for each `shape`."""
+def compile_once(
+    shape: tuple, write: Callable[[], tuple[Code, dict[Hashable, ir.Function]]]
+) -> dict[Hashable, Callable[..., None]]:
+    """The functions that `write` returns as machine code, compiled once a process and `shape`."""
     with _compiling:
         key = host(), shape
-        if key not in _compiled:
-            _compiled[key] = Compiled(*write())
-        return _compiled[key]
+        if key not in _cache:
+            _cache[key] = MachineCode(*write())
+        return _cache[key].functions
 
 
 def host() -> tuple[int, int]:
-    """Floats in a vector register, and how many of these there are."""
+    """(floats in a vector register, number of vector registers) of this machine."""
     features = llvm.get_host_cpu_features()
     if features.get("avx512f"):
         return 16, 32

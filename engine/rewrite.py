@@ -1,16 +1,16 @@
 """The same function with less work: every rewrite is exact, but for rounding.
 
-Of a torchvision ResNet: `trim_` leaves out kernel taps that only ever meet padding,
-`trim_channels_` channels without weights, both until `untrimmed`; `speed_up_` makes convolutions
-matrix products where these win, `fold_batchnorm` folds BatchNorm into the convolution before it,
-`remove_channels_` removes channels that nobody reads or that are always zero. At 28x28 the maps of
-the stock network shrink to 1x1, where most of a kernel only meets padding, and where a convolution
-is a matrix product, which oneDNN's convolutions, above all their weight gradients, do much slower.
+Of a torchvision ResNet: `trim_` removes kernel positions that see only padding, `trim_channels_`
+channels without weights, both until `untrimmed`. `use_matmul_convs_` makes convolutions matrix
+products where these are faster. `fold_batchnorm` folds BatchNorm into the convolution before it.
+`remove_channels_` removes channels that are unused or always zero.
+
+At 28x28 the feature maps of torchvision's network shrink to 1x1. There, most of a kernel sees only
+padding, and a convolution is a matrix product. oneDNN's convolutions, above all their weight
+gradients, are much slower.
 """
 
 import copy
-import itertools
-import math
 from collections.abc import Callable
 
 import torch
@@ -18,130 +18,125 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from engine import layers
+
 UNFOLDED = 2**24  # bytes of unfolded input at a time: what a cache holds
-BLOCK = 16  # channels that onnxruntime computes together; it is slow with other numbers of them
+BLOCK = 16  # channels that onnxruntime computes together; other multiples are slow
 
 
-# --- taps and channels that cannot matter ---------------------------------------------------------
-
-
-def output_size(layer: nn.Module, size: int) -> int:
-    """Side of the (square) map that a convolution or max-pool makes of one of `size`."""
-    if isinstance(layer, nn.Identity):
-        return size
-    kernel, stride, padding = (
-        value[0] if isinstance(value, tuple) else value
-        for value in (layer.kernel_size, layer.stride, layer.padding)
-    )
-    return (size + 2 * padding - kernel) // stride + 1
-
-
-def input_sizes(model: nn.Module, image_size: int) -> dict[str, int]:
-    """Side of the map that each convolution of a torchvision ResNet reads, by its name."""
-    found = {"conv1": image_size}
-    size = output_size(model.maxpool, output_size(model.conv1, image_size))
-    for stage in ("layer1", "layer2", "layer3", "layer4"):
-        for index, block in enumerate(model.get_submodule(stage)):
-            if block.downsample is not None:
-                found[f"{stage}.{index}.downsample.0"] = size
-            for name, conv in block.named_children():
-                if name.startswith("conv"):
-                    found[f"{stage}.{index}.{name}"] = size
-                    size = output_size(conv, size)
-    return found
-
-
-def live_positions(size: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
-    """The kernel taps [first, last) along one axis that meet the map and not only its padding."""
-    outputs = (size + 2 * padding - kernel) // stride + 1
-    taps = [
-        tap
-        for tap in range(kernel)
-        if any(0 <= out * stride - padding + tap < size for out in range(outputs))
-    ]
-    return taps[0], taps[-1] + 1
+# --- kernel positions and channels that cannot matter ---------------------------------------------
 
 
 def trim_(model: nn.Module, image_size: int) -> nn.Module:
-    """Leave out, in place, kernel taps that only ever meet padding; `untrimmed` is the way back.
+    """Remove, in place, kernel positions that see only padding; `untrimmed` restores the shapes.
 
-    For (square) images of `image_size`. A convolution with one output position becomes the smaller
-    one without padding: at 28x28, layer4's 3x3 kernels become 2x2 and 1x1, and with them go 62 % of
+    For images of `image_size` pixels a side. A convolution with one output position becomes a
+    smaller one without padding: at 28x28, layer4's 3x3 kernels become 2x2 and 1x1. They are 62 % of
     ResNet18's weights, which no step has to clip, update or mask any more.
     """
-    for name, size in input_sizes(model, image_size).items():
-        conv = model.get_submodule(name)
-        kernel, padding = conv.kernel_size[0], conv.padding[0]
-        low, high = live_positions(size, kernel, conv.stride[0], padding)
-        if output_size(conv, size) == 1 and high - low < kernel:
-            _set_kernel_(conv, conv.weight.detach()[:, :, low:high, low:high].clone(), 0)
-            conv.stock = kernel, padding
+    sizes = layers.map_sizes(model, image_size)
+    for layer in layers.layers(model):
+        conv, size = layer.conv, sizes[layer.reads]
+        live = conv.weight.detach()[layers.live_kernel(conv, size)]
+        if layers.output_size(conv, size) == 1 and live.shape != conv.weight.shape:
+            conv.stock = conv.kernel_size[0], conv.padding[0]
+            _set_kernel_(conv, live.clone(), 0)
     return model
 
 
-def trim_channels_(model: nn.Module) -> nn.Module:
-    """Leave out, in place, channels that no weight reads or writes; `untrimmed` is the way back.
+def trim_channels_(model: nn.Module, multiple: int = 1) -> nn.Module:
+    """Remove, in place, channels without weights, but leave a `multiple` of channels; `untrimmed`
+    restores the shapes.
 
-    Channels that are added to each other come and go together.
+    A channel stays if any weight reads or writes it. Channels that are added to each other stay or
+    go together.
     """
-    norms = dict(_followed_by_norms(model))
-    for writers, readers in channel_groups(model):
-        written = [layer.weight.flatten(1).any(1) for layer in writers]
-        there = torch.stack([_by_input(layer) for layer in readers] + written).any(0)
-        there[0] |= not there.any()  # a layer without channels is none
-        if not there.all():
-            for layer in writers + [norms[layer] for layer in writers if layer in norms]:
-                _keep_channels_(layer, 0, there)
-            for layer in readers:
-                _keep_channels_(layer, 1, there)
+    for writers, readers in layers.channel_groups(model):
+        written = [layer.conv.weight.flatten(1).any(1) for layer in writers]
+        kept = torch.stack([*map(_read_channels, readers), *written]).any(0)
+        count = int(kept.sum())
+        rounded = max(-(-count // multiple), 1) * multiple  # a layer needs a channel
+        kept[(~kept).nonzero()[: rounded - count]] = True
+        if not kept.all():
+            for layer in writers:
+                _keep_channels_(layer.conv, 0, kept)
+                _keep_channels_(layer.norm, 0, kept)
+            for module in readers:
+                _keep_channels_(module, 1, kept)
     return model
+
+
+def remove_channels_(model: nn.Module) -> None:
+    """Remove, in place, channels that are unused or always zero from a ResNet without BatchNorm.
+
+    Channels that are added to each other stay or go together. A multiple of BLOCK stays.
+    """
+    groups = layers.channel_groups(model)
+    before = None
+    while before != (count := sum(int(p.count_nonzero()) for p in model.parameters())):
+        before = count
+        for writers, readers in groups:
+            convs = [layer.conv for layer in writers]
+            read = torch.stack([*map(_read_channels, readers)]).any(0)
+            written = torch.stack([c.weight.flatten(1).any(1) | (c.bias > 0) for c in convs]).any(0)
+            dead = ~(read & written)
+            for conv in convs:
+                conv.weight[dead], conv.bias[dead] = 0, 0
+            for module in readers:
+                module.weight[:, dead] = 0
+    trim_channels_(model, BLOCK)
+
+
+def _read_channels(module: nn.Module) -> Tensor:
+    """Which input channels have a weight that is not zero: bool (C,)."""
+    return module.weight.transpose(0, 1).flatten(1).any(1)
 
 
 def untrimmed(model: nn.Module) -> nn.Module:
-    """A copy with torchvision's shapes; weights that were left out are zero, BatchNorm of channels,
-    whose output nobody reads, is as initialised."""
+    """A copy with torchvision's shapes: removed weights are zero, BatchNorm of removed channels is
+    as initialized."""
     model = copy.deepcopy(model)
-    for layer in model.modules():
-        for dim in list(getattr(layer, "there", {})):
-            _restore_channels_(layer, dim)
-        if hasattr(layer, "stock"):
-            kernel, padding = layer.stock
-            after = kernel - padding - layer.kernel_size[0]
-            _set_kernel_(layer, F.pad(layer.weight.detach(), 2 * (padding, after)), padding)
-            del layer.stock
+    for module in model.modules():
+        for dim in list(getattr(module, "kept_channels", {})):
+            _restore_channels_(module, dim)
+        if hasattr(module, "stock"):
+            kernel, padding = module.stock
+            after = kernel - padding - module.kernel_size[0]
+            _set_kernel_(module, F.pad(module.weight.detach(), 2 * (padding, after)), padding)
+            del module.stock
     return model
 
 
-def _keep_channels_(layer: nn.Module, dim: int, there: Tensor) -> None:
-    """Leave a layer only these of its output (`dim` 0) or input (1) channels."""
-    _each_tensor_(layer, dim, lambda name, tensor: tensor[(slice(None),) * dim + (there,)])
-    before = getattr(layer, "there", {})
-    if dim in before:  # of those that were there
-        there = before[dim].masked_scatter(before[dim], there)
-    layer.there = {**before, dim: there}
+def _keep_channels_(module: nn.Module, dim: int, kept: Tensor) -> None:
+    """Keep only these of the output (`dim` 0) or input (1) channels."""
+    _each_tensor_(module, dim, lambda name, tensor: tensor[(slice(None),) * dim + (kept,)])
+    before = getattr(module, "kept_channels", {})
+    if dim in before:  # removed channels are in neither mask
+        kept = before[dim].masked_scatter(before[dim], kept)
+    module.kept_channels = {**before, dim: kept}
 
 
-def _restore_channels_(layer: nn.Module, dim: int) -> None:
-    there = layer.there.pop(dim)
+def _restore_channels_(module: nn.Module, dim: int) -> None:
+    kept = module.kept_channels.pop(dim)
 
     def whole(name: str, tensor: Tensor) -> Tensor:
-        shape = (*tensor.shape[:dim], len(there), *tensor.shape[dim + 1 :])
-        one = isinstance(layer, nn.BatchNorm2d) and name in ("weight", "running_var")
+        shape = (*tensor.shape[:dim], len(kept), *tensor.shape[dim + 1 :])
+        one = isinstance(module, nn.BatchNorm2d) and name in ("weight", "running_var")
         new = tensor.new_full(shape, float(one))
-        new[(slice(None),) * dim + (there.to(new.device),)] = tensor
+        new[(slice(None),) * dim + (kept.to(new.device),)] = tensor
         return new
 
-    _each_tensor_(layer, dim, whole)
+    _each_tensor_(module, dim, whole)
 
 
-def _each_tensor_(layer: nn.Module, dim: int, change: Callable[[str, Tensor], Tensor]) -> None:
-    """Replace a layer's parameters and buffers that have this dimension."""
-    for name, old in [*layer.named_parameters(), *layer.named_buffers()]:
+def _each_tensor_(module: nn.Module, dim: int, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace parameters and buffers that have this dimension."""
+    for name, old in [*module.named_parameters(), *module.named_buffers()]:
         if old.dim() > dim:
             new = change(name, old.detach())
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
-            setattr(layer, name, new)
+            setattr(module, name, new)
 
 
 def _set_kernel_(conv: nn.Conv2d, weight: Tensor, padding: int) -> None:
@@ -153,7 +148,7 @@ def _set_kernel_(conv: nn.Conv2d, weight: Tensor, padding: int) -> None:
 
 
 class MatmulConv2d(nn.Conv2d):
-    """nn.Conv2d (square, no groups) whose work is left to matrix products where they win.
+    """nn.Conv2d (square, no groups) as matrix products where these are faster.
 
     The same function and, but for rounding, the same gradients. A training step of 256 images in
     bf16 on two AVX-512/AMX cores, with `trim_`: ResNet18 333 -> 125 to 157 ms, ResNet50 1,160 ->
@@ -185,9 +180,9 @@ class MatmulConv2d(nn.Conv2d):
 class _Conv2dMatmulWeightGrad(torch.autograd.Function):
     """conv2d whose weight gradient is a sum of matrix products over the unfolded input.
 
-    oneDNN's own gradient is no faster, and much slower on small maps. Its threads wait for each
-    other by spinning, whatever OpenMP's policy: beside one busy process a step took 30 times as
-    long.
+    oneDNN's own gradient is no faster, and much slower on small feature maps. Its threads spin
+    while they wait for each other, whatever OpenMP's policy: beside one busy process a step took 30
+    times as long.
     """
 
     @staticmethod
@@ -229,101 +224,29 @@ def use_matmul_convs_(model: nn.Module) -> nn.Module:
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose convolutions do their BatchNorm's work: the same function.
-
-    In a torchvision ResNet each BatchNorm is defined right behind the convolution it follows.
-    """
+    """A copy in eval mode whose BatchNorm is folded into the convolutions: the same function."""
     model = copy.deepcopy(model).eval()
     names = {module: name for name, module in model.named_modules()}
-    for conv, norm in _followed_by_norms(model):
-        model.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
-        model.set_submodule(names[norm], nn.Identity())
+    for layer in layers.layers(model):
+        if isinstance(layer.norm, nn.BatchNorm2d):
+            model.set_submodule(layer.name, fuse_conv_bn_eval(layer.conv, layer.norm))
+            model.set_submodule(names[layer.norm], nn.Identity())
     return model
-
-
-def _followed_by_norms(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """(convolution, its BatchNorm)."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
-    return [(a, b) for a, b in itertools.pairwise(layers) if isinstance(b, nn.BatchNorm2d)]
 
 
 def inference_copy(
     model: nn.Module, device: torch.device, bf16: bool, image_size: int
 ) -> nn.Module:
-    """A copy for fast forward passes only: BatchNorm folded, no gradients, all in bf16 or fp32."""
+    """A copy for fast forward passes: BatchNorm folded, no gradients, bf16 or fp32 weights."""
     model = trim_channels_(trim_(fold_batchnorm(model), image_size))
     model = use_matmul_convs_(model).requires_grad_(False)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return model.to(device, dtype, memory_format=torch.channels_last)
 
 
-# --- channels -------------------------------------------------------------------------------------
-
-
-def remove_channels_(model: nn.Module) -> None:
-    """Remove channels that nobody reads or that are always zero from a folded ResNet.
-
-    Channels that are added to each other (those of the stem and all blocks of a stage) come and go
-    together. As many stay as make the number a multiple of BLOCK.
-    """
-    groups = channel_groups(model)
-    while True:
-        before = sum(int(m.weight.count_nonzero()) for m in _layers(model))
-        for writers, readers in groups:
-            read = torch.stack([_by_input(reader) for reader in readers]).any(0)
-            written = torch.stack([w.weight.flatten(1).any(1) | (w.bias > 0) for w in writers]).any(
-                0
-            )
-            alive = read & written
-            for writer in writers:
-                writer.weight[~alive], writer.bias[~alive] = 0, 0
-            for reader in readers:
-                reader.weight[:, ~alive] = 0
-        if before == sum(int(m.weight.count_nonzero()) for m in _layers(model)):
-            break
-    for writers, readers in groups:
-        alive = torch.stack([_by_input(reader) for reader in readers]).any(0)
-        count = int(alive.sum())
-        rounded = max(math.ceil(count / BLOCK), 1) * BLOCK  # a layer without channels is none
-        alive[(~alive).nonzero()[: rounded - count]] = True
-        for writer in writers:
-            replace_(writer, writer.weight[alive], writer.bias[alive])
-        for reader in readers:
-            replace_(reader, reader.weight[:, alive], reader.bias)
-
-
-def channel_groups(model: nn.Module) -> list[tuple[list[nn.Module], list[nn.Module]]]:
-    """(layers that write, layers that read) for each set of channels of a ResNet."""
-    groups, writers, readers = [], [model.conv1], []
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        for block in stage:
-            convs = [module for name, module in block.named_children() if name[:4] == "conv"]
-            readers.append(convs[0])
-            if block.downsample is not None:
-                readers.append(block.downsample[0])
-                groups.append((writers, readers))
-                writers, readers = [block.downsample[0]], []
-            groups += [([a], [b]) for a, b in itertools.pairwise(convs)]
-            writers.append(convs[-1])
-    groups.append((writers, [*readers, model.fc]))
-    return groups
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-
-
-def _by_input(layer: nn.Module) -> Tensor:
-    """Which input channels have a weight that is not zero."""
-    return layer.weight.transpose(0, 1).flatten(1).any(1)
-
-
-def replace_(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Give `layer` other weights, of any shape."""
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    layer.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
-    if isinstance(layer, nn.Conv2d):
-        layer.out_channels, layer.in_channels = weight.shape[:2]
-        layer.kernel_size = tuple(weight.shape[2:])
-    else:
-        layer.out_features, layer.in_features = weight.shape
+def replace_(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    """Give `conv` other weights, of any shape."""
+    conv.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    conv.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
+    conv.out_channels, conv.in_channels = weight.shape[:2]
+    conv.kernel_size = tuple(weight.shape[2:])

@@ -1,5 +1,6 @@
 """The C file, compiled as strictly as the compiler can, against PyTorch."""
 
+import shutil
 import subprocess
 
 import numpy as np
@@ -43,10 +44,10 @@ def write_idx(path, images_u8):
     path.write_bytes(np.array(header, ">i4").tobytes() + images_u8.numpy().tobytes())
 
 
-def compare(folder, flags, model, images_u8, bits=32, classes=()):
+def compare(folder, flags, model, images_u8, bits=32, classes=(), name="net"):
     """Compile with `flags`; program, library and PyTorch must agree."""
     meta = {"image_size": images_u8.shape[-1], "grey": images_u8.dim() == 3, "classes": classes}
-    network, source = export.c_file(model, meta, "net", bits, ["A network."])
+    network, source = export.c_file(model, meta, name, bits, ["A network."])
     (folder / "net.c").write_text(source.text())
     made = cc(folder, *STRICT, *flags, "-O1", "-DCLASSIFY_MAIN", "net.c", "-o", "classify")
     assert made.returncode == 0, made.stderr[:2000]
@@ -55,7 +56,7 @@ def compare(folder, flags, model, images_u8, bits=32, classes=()):
     assert ran.returncode == 0, ran.stderr[:2000]
     expected = models.infer(network, images_u8)
     assert [int(line) for line in ran.stdout.split()] == expected.argmax(1).tolist()
-    logits = export.CLibrary(source.text(), "net", expected.shape[1])(images_u8)
+    logits = export.CLibrary(source.text(), name, expected.shape[1])(images_u8)
     assert export.check(logits, expected) < 1
     return source
 
@@ -129,6 +130,66 @@ def test_class_names_stay_in_their_strings(narrow_resnet18, tmp_path):
     assert cc(tmp_path, *STRICT, "-trigraphs", "names.c", "-o", "names").returncode == 0
     printed = subprocess.run(tmp_path / "names", capture_output=True).stdout
     assert printed == "".join(HOSTILE).encode()
+
+
+@compiled
+@pytest.mark.parametrize("name", ["NET_SIZE28", "CLASSES", "f", "memory", "conv1"])
+def test_any_name_is_the_prefix_of_a_program_that_compiles(name, narrow, tmp_path):
+    torch.manual_seed(0)
+    model = prune_to(models.build("resnet18", 3), 50_000)
+    source = compare(tmp_path, [], model, pictures(1), name=name)
+    assert f"void {name}_logits(const uint8_t *image, float *logits)\n{{" in source.text()
+
+
+CALLER = r"""#include "net.h"
+#include <stdio.h>
+int main(void)
+{
+    static uint8_t image[28 * 28];
+    float logits[12] = {0};
+    net_logits(image, logits);
+    for (int i = 0; i < 12; i++)
+        printf("%s %.4f\n", net_classes[i], logits[i]);
+    return 0;
+}
+"""
+
+
+@compiled
+@pytest.mark.parametrize("languages", [("c", "c"), ("c", "c++"), ("c++", "c++"), ("c++", "c")])
+def test_a_header_serves_callers_in_c_and_c_plus_plus(languages, narrow, tmp_path):
+    """A network without names of classes; each class then has its number as its name."""
+    compilers = {"c": export.compiler(), "c++": [shutil.which("g++") or shutil.which("c++")]}
+    if compilers["c++"] == [None]:
+        pytest.skip("needs a C++ compiler")
+    torch.manual_seed(0)
+    model = prune_to(models.build("resnet18", 12), 50_000)
+    text = c_source.CSource(model, 28, True, "net").text()
+    lines = text.splitlines()
+    end = [n for n, line in enumerate(lines) if line == "#endif"][1]
+    header = lines[lines.index("#include <stdint.h>") : end + 1]
+    (tmp_path / "net.h").write_text("\n".join(header) + "\n")
+    (tmp_path / "net.c").write_text(text)
+    (tmp_path / "caller.c").write_text(CALLER)
+    for language, file in zip(languages, ("net", "caller"), strict=True):
+        command = [*compilers[language], "-x", language, "-Wall", "-Wextra", "-Werror", "-pedantic"]
+        done = subprocess.run(
+            [*command, "-c", f"{file}.c"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[:2000]
+    link = [*compilers["c++" if "c++" in languages else "c"], "net.o", "caller.o", "-o", "caller"]
+    subprocess.run(link, cwd=tmp_path, check=True)
+    printed = subprocess.run(tmp_path / "caller", capture_output=True, text=True).stdout
+    logits = models.infer(model, torch.zeros(1, 28, 28, dtype=torch.uint8))[0]
+    lines = [line.split() for line in printed.splitlines()]
+    assert [name for name, _ in lines] == [str(number) for number in range(12)]
+    numbers = torch.tensor([float(number) for _, number in lines])
+    torch.testing.assert_close(numbers, logits, atol=2e-4, rtol=1e-3)
+
+
+def test_each_class_needs_a_name(narrow):
+    with pytest.raises(ValueError, match="2 names for 3 classes"):
+        c_source.CSource(models.build("resnet18", 3), 28, True, "net", classes=["cat", "dog"])
 
 
 def test_file_names_become_identifiers():

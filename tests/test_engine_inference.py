@@ -55,6 +55,20 @@ def test_dense_weights_other_sizes_colour_and_resnet50(narrow_resnet18):
     assert differs(engine, model, images(17, 32, grey=False)) < 1e-4
 
 
+def test_all_channels_of_a_color_network_are_read(narrow_resnet18):
+    model = narrow_resnet18.eval()
+    with torch.no_grad():
+        model.conv1.weight[:, 1:] = 0
+    engine, x = inference.SparseResNet(model, 32), torch.randn(17, 3, 32, 32)
+    assert engine.many.image.channels == 1
+    assert differs(engine, copy.deepcopy(model), x) < 1e-4
+    with torch.no_grad():
+        model.conv1.weight[3, 2, 1, 1] = 0.5
+    engine = inference.SparseResNet(model, 32)
+    assert engine.many.image.channels == 3
+    assert differs(engine, model, x) < 1e-4
+
+
 @pytest.mark.parametrize("stem", [2, 1])
 def test_stems_of_smaller_stride(stem, narrow):
     torch.manual_seed(0)
@@ -87,7 +101,7 @@ def test_networks_of_one_shape_share_their_code(resnet18, pruned, monkeypatch):
     engine, batch = inference.SparseResNet(prune_to(resnet18, 90_000), 28), images(20)
     before = engine(batch)
     engine(batch[:2])  # the other kind of code
-    monkeypatch.setattr(llvm_source, "Compiled", None)
+    monkeypatch.setattr(llvm_source, "MachineCode", None)
     assert differs(inference.SparseResNet(pruned, 28), pruned, batch[:18]) < 1e-4
     assert torch.equal(engine(batch), before)
     with pytest.raises(TypeError):  # another shape

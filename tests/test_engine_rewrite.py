@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distill
 import models
 import prune
-from engine import rewrite
+from engine import layers, rewrite
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -108,11 +108,33 @@ def test_channels_without_weights_are_left_out_and_can_be_brought_back(arch, nar
 
 
 @pytest.mark.parametrize(
-    ("size", "kernel", "stride", "padding", "taps"),
+    ("size", "kernel", "stride", "padding", "live"),
     [(1, 3, 1, 1, (1, 2)), (2, 3, 2, 1, (1, 3)), (2, 3, 1, 1, (0, 3)), (28, 7, 2, 3, (0, 7))],
 )
-def test_live_taps(size, kernel, stride, padding, taps):
-    assert rewrite.live_positions(size, kernel, stride, padding) == taps
+def test_live_kernel_positions(size, kernel, stride, padding, live):
+    assert layers.live_positions(size, kernel, stride, padding) == slice(*live)
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+@pytest.mark.parametrize("stem", models.STEMS)
+def test_the_described_layers_are_those_that_a_forward_pass_goes_through(arch, stem, narrow):
+    model, size = models.build(arch, 3, stem=stem).eval(), 33
+    found, sizes = layers.layers(model), layers.map_sizes(model, size)
+    for layer in found:
+        layer.norm.running_mean.normal_()
+    x = torch.randn(1, 3, size, size)
+    maps = [x]
+    for layer in found:
+        y = layer.norm(layer.conv(maps[layer.reads]))
+        y = y if layer.adds is None else y + maps[layer.adds]
+        y = y.relu() if layer.relu else y
+        assert layer.writes == len(maps) and layer.conv is model.get_submodule(layer.name)
+        maps.append(model.maxpool(y) if layer.pool else y)
+    assert [m.shape[-1] for m in maps] == sizes
+    torch.testing.assert_close(model.fc(maps[-1].mean((2, 3))), model(x))
+    assert {layer.conv for layer in found} == {
+        module for module in model.modules() if isinstance(module, torch.nn.Conv2d)
+    }
 
 
 def test_fold_batchnorm_keeps_the_function(narrow_resnet18):
@@ -125,3 +147,21 @@ def test_fold_batchnorm_keeps_the_function(narrow_resnet18):
     torch.testing.assert_close(
         rewrite.use_matmul_convs_(folded)(images), expected, atol=1e-4, rtol=1e-4
     )
+
+
+def test_channels_are_removed_in_blocks_until_none_is_unused(narrow):
+    torch.manual_seed(0)
+    model = rewrite.fold_batchnorm(models.build("resnet18", 4))
+    model.requires_grad_(False)
+    inner = model.layer3[0]
+    inner.conv1.weight[1:] = 0  # 1 channel is left, one more has a bias
+    inner.conv1.bias.fill_(-1)
+    inner.conv1.bias[5] = 1
+    model.layer4[1].conv2.weight[:, 2:] = 0  # so that layer4.1.conv1 has unused outputs
+    images = torch.randn(3, 3, 28, 28)
+    expected = model(images)
+    channels = len(inner.conv1.weight)
+    rewrite.remove_channels_(model)
+    assert len(inner.conv1.weight) == inner.conv2.weight.shape[1] == rewrite.BLOCK < channels
+    assert len(model.layer4[1].conv1.weight) == rewrite.BLOCK
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
