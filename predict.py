@@ -216,7 +216,7 @@ def predict(args: argparse.Namespace) -> None:
         checkpoint.check_output(path, *outputs[:i], *inputs)
     # Standard output has the predictions alone, if they go there.
     occupied = any(map(checkpoint.is_stdout, outputs))
-    if args.json and not occupied:  # there, the JSON is a result, and no message
+    if args.json and not occupied:  # a result, not a message: it must not get lost
         checkpoint.check_output(checkpoint.output_path("-"))
     if args.show:
         _import_plots()
@@ -240,7 +240,7 @@ def predict(args: argparse.Namespace) -> None:
     if args.json:
         text = json.dumps(report)
         if not occupied:
-            checkpoint.write(checkpoint.output_path("-"), f"{text}\n")
+            runtime.print_result(text)
             return
     else:
         accuracy = "" if args.images else f"test accuracy {right / done:.2%}"

@@ -58,9 +58,11 @@ class _Lossy(io.RawIOBase):
     BrokenPipeError, as everywhere.
     """
 
+    strict = False  # within `print_result`: nothing may be lost
+
     def __init__(self, raw: io.RawIOBase):
         self._raw = raw
-        self._whole = True
+        self._failed = False
 
     def writable(self) -> bool:
         return True
@@ -74,16 +76,16 @@ class _Lossy(io.RawIOBase):
     def write(self, text: bytes) -> int:
         try:
             return self._raw.write(text)
-        except BrokenPipeError:
-            raise
         except OSError as error:
-            if self._whole and self.fileno() == 1:
+            known, self._failed = self._failed, True
+            if _Lossy.strict or isinstance(error, BrokenPipeError):
+                raise
+            if not known and self.fileno() == 1:
                 print(
                     f"warning: standard output cannot be written ({error.strerror}); messages are "
                     "lost",
                     file=sys.stderr,
                 )
-            self._whole = False
             return len(text)
 
 
@@ -111,6 +113,20 @@ def _open_streams() -> None:
                 name,
                 io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines),
             )
+
+
+def print_result(text: str) -> None:
+    """Print what a program may read on standard output. In a script, raises OSError if that fails.
+
+    All else that scripts print are messages, which may be lost.
+    """
+    _Lossy.strict = True
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+    finally:
+        _Lossy.strict = False
 
 
 def run(main: Callable[[], int]) -> int:

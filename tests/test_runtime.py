@@ -105,6 +105,22 @@ def test_messages_do_not_decide_the_exit_code(stdout, stderr, tmp_path, monkeypa
         assert written.count(lost) == (stdout == "/dev/full")
 
 
+@pytest.mark.parametrize("stdout", ["out", "/dev/full"])
+def test_a_result_must_not_get_lost(stdout, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def main():
+        runtime.print_result("result")
+        print("message")
+        return 0
+
+    full = stdout == "/dev/full"
+    assert ended(main, stdout=stdout, stderr="err") == (2 if full else 0)
+    line = f"{Path(sys.argv[0]).name}: standard output: No space left on device\n"
+    assert Path("err").read_text() == (line if full else "")
+    assert full or Path("out").read_text() == "result\nmessage\n"
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
