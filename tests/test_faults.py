@@ -39,7 +39,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(distill.TrainState, "step", stopped)
         assert train.main(flags) == 130
-    assert "the same command goes on" in capsys.readouterr().err and len(steps) == 2
+    assert "the same command resumes" in capsys.readouterr().err and len(steps) == 2
     assert train.main(flags) == 0
     assert faults.same(faults.weights(folder), expected)
 
@@ -86,11 +86,11 @@ def test_a_damaged_state_falls_back_to_the_one_before(tiny, tmp_path, monkeypatc
     checkpoint.write(before, {"stage": "teacher", "rows": [], "minutes": 1.0})
     state = {"stage": "teacher", "rows": [], "minutes": 2.0, "network": torch.ones(9999)}
     checkpoint.write(path, state)
-    assert record.Run(tmp_path, {"seed": 0}, {"threads": 2}, True).minutes == 2.0
+    assert record.Run(tmp_path, {"seed": 0}, {}, "", {"threads": 2}, True).minutes == 2.0
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert record.Run(tmp_path, {"seed": 0}, {"threads": 2}, True).minutes == 1.0
+    assert record.Run(tmp_path, {"seed": 0}, {}, "", {"threads": 2}, True).minutes == 1.0
     assert "state.pt: cannot be loaded" in capsys.readouterr().err
 
 

@@ -24,6 +24,7 @@ import distill
 import models
 import predict
 import train
+from runlog import estimate
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_a_grey_folder_through_the_whole_chain(tiny, drawn, folder, tmp_path, ca
 
 def test_images_that_were_added_are_noticed(tiny, folder, monkeypatch, capsys):
     flags = ["--quick", "--device", "cpu", "--data", str(folder)]
-    monkeypatch.setattr(train, "announce", lambda *args: None)
+    monkeypatch.setattr(estimate, "print_plan", lambda *args: None)
     monkeypatch.setattr(train, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert train.main(flags) == 130
     assert train.main(flags) == 130
@@ -152,7 +153,7 @@ def test_few_and_many_classes(n, classes, tiny, tmp_path, capsys):
     _, meta = checkpoint.load(tmp_path / "runs" / "own" / "pruned_resnet18.pth")
     assert meta["parameters"] == 100_000 and len(meta["classes"]) == classes
     printed = capsys.readouterr().out
-    assert ", never mirrored" in printed and "none for validation" not in printed
+    assert ", never flipped" in printed and "none for validation" not in printed
     record = json.loads((tmp_path / "runs" / "own" / "run.json").read_text())
     assert record["settings"]["flip"] is False
     if n > 2:  # the tiny validation has no image of some of the hundred classes: uneven
@@ -185,7 +186,7 @@ def test_only_images_that_stay_of_their_class_are_mirrored(tiny, folder):
     def flip(*flags, name="folder"):
         args = train.parse([*tiny, "--data", str(folder), *flags])
         source = replace(data.find(folder), name=name)
-        return train.check(args, source)[1]["flip"] if name == "folder" else name in data.FLIPPABLE
+        return train.chain_settings(args, source, torch.device("cpu"), stem=4)["flip"]
 
     assert flip() and not flip("--no-flip")
     known = {name: flip(name=name) for name in data.DATASETS}
@@ -194,7 +195,7 @@ def test_only_images_that_stay_of_their_class_are_mirrored(tiny, folder):
 
 def test_without_flip_no_image_is_mirrored():
     images_u8 = torch.arange(28, dtype=torch.uint8).expand(100, 28, 28).contiguous()
-    batches = distill.Batches(batch_size=50)
+    batches = distill.Batches(batch_size=50, crop_scale=(0.85, 1.0), mixup_alpha=0, erasing=0)
     for flip in (True, False):
         images = distill.TrainingData(images_u8, torch.zeros(100).long(), 2, batches, flip=flip)
         batch, _ = next(iter(images.batches(torch.Generator().manual_seed(0))))
@@ -535,7 +536,7 @@ def test_all_that_pillow_decodes_is_read_and_the_rest_is_named(folder, tmp_path,
 
 
 def test_a_training_says_what_it_leaves_out_once(folder, tiny, monkeypatch, capsys):
-    monkeypatch.setattr(train, "announce", lambda *args: None)
+    monkeypatch.setattr(estimate, "print_plan", lambda *args: None)
     monkeypatch.setattr(train, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     (folder / "train" / "left" / "a.heic").touch()
     (folder / "spare").mkdir()
@@ -628,7 +629,8 @@ def not_utf8(folder):
 def test_a_folder_with_names_that_are_not_utf8_can_be_trained_on(not_utf8, tiny):
     folder, source = not_utf8, data.find(not_utf8)
     assert source.classes[0] == "caf\\xe9" and data.digest(source)
-    assert train.check(train.parse([*tiny, "--data", str(folder)]), source)
+    args = train.parse([*tiny, "--data", str(folder)])
+    assert train.check(args, source, torch.device("cpu"))
 
 
 def test_names_that_are_not_utf8_are_escaped_in_the_csv(not_utf8, tmp_path, shipped_like):

@@ -432,7 +432,7 @@ def test_of_several_budgets_each_network_is_kept_and_measured(full, tmp_path):
         (["--device", "cuda"], "--device cuda"),
         (["--budget", "10969"], "possible are 10,970"),
         (["--budget", "5000000"], "to 4,228,554"),
-        (["--data", "absent"], "absent: neither the four"),
+        (["--data", "absent"], "absent: there is no such folder"),
         (["--teacher", "absent.pth"], "absent.pth: cannot be loaded: No such file"),
         (["--name", "a/b"], "--name a/b"),
         (["--seed", "-1"], "--seed -1"),
