@@ -118,7 +118,7 @@ def sizes(results: Path, published: Path) -> bytes:
 
 
 def layers(kept: dict[str, int], live: dict[str, int]) -> bytes:
-    """Weights that are left in each layer, in front of the reachable ones of the unpruned network."""
+    """Kept weights of each layer, in front of the reachable ones of the unpruned network."""
     names = [name.removesuffix(".weight") for name in kept]
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     rows = range(len(names))
