@@ -18,7 +18,7 @@ import numpy as _np
 import torch as _torch
 from PIL import Image as _Image
 
-dependencies = ["torch", "torchvision", "numpy", "PIL", "filelock"]
+dependencies = ["torch", "torchvision", "numpy", "PIL"]
 _FOLDER = _Path(__file__).resolve().parent
 
 
