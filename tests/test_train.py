@@ -429,7 +429,7 @@ def test_a_recipe_with_budgets_keeps_and_measures_a_network_for_each(
         (["--device", "cuda"], "--device cuda"),
         (["--budget", "10969"], "possible are 10,970"),
         (["--budget", "5000000"], "to 4,228,554"),
-        (["--data", "absent"], "absent: neither the four"),
+        (["--data", "absent"], "absent: there is no such folder"),
         (["--teacher", "absent.pth"], "absent.pth: cannot be loaded: No such file"),
         (["--name", "a/b"], "--name a/b"),
         (["--seed", "-1"], "--seed -1"),
