@@ -180,3 +180,18 @@ def test_a_pixel_that_is_not_finite_spoils_its_image_and_no_other(n, pixel):
             expected = model(x)
         assert expected[3].isnan().all()
         torch.testing.assert_close(engine(x), expected, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_feature_maps_share_memory_whose_borders_are_cleared(narrow_resnet18, monkeypatch):
+    model = prune_to(narrow_resnet18, 50_000)
+    shared, alone = (plan.Plan(model, 28, 1, 16, 1, reuse) for reuse in (True, False))
+    assert shared.cells < 0.7 * alone.cells
+    assert any(shared.cleared) and not any(alone.cleared)
+    engine, x = inference.SparseResNet(model, 28), images(40)
+    expected = engine(x)
+    assert torch.equal(engine(x), expected)
+    assert differs(engine, copy.deepcopy(model), x) < 1e-4
+    engine = inference.SparseResNet(model, 28)
+    engine.many.cleared = [[] for _ in shared.cleared]
+    monkeypatch.setattr(llvm_source, "_cache", {})
+    assert differs(engine, model, x) > 1e-2
