@@ -343,7 +343,7 @@ def _pool(p: Product) -> list[str]:
 
 
 def _string(text: str) -> str:
-    """A C string: what is not a plain character becomes an octal escape; `?` for trigraphs."""
+    """A C string: special characters become octal escapes, `?` too because of trigraphs."""
     return '"' + "".join(
         chr(byte) if 32 <= byte < 127 and byte not in b'"\\?' else f"\\{byte:03o}"
         for byte in text.encode(errors="replace")

@@ -41,7 +41,7 @@ def test_the_shipped_network_in_batches_of_all_sizes(n):
 
 
 @pytest.mark.parametrize("budget", [10_970, 1_000_000])
-def test_budgets_down_to_the_floors(budget, resnet18):
+def test_budgets_down_to_the_protected_weights(budget, resnet18):
     engine = inference.SparseResNet(prune_to(resnet18, budget), 28)
     assert differs(engine, resnet18, images(20)) < 1e-4
 
@@ -170,7 +170,7 @@ def test_copies_and_pickles_compute_the_same(n):
 
 @pytest.mark.parametrize("n", [5, 40])
 @pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
-def test_a_pixel_that_is_not_finite_spoils_its_image_and_no_other(n, pixel):
+def test_a_pixel_that_is_not_finite_makes_nan_of_its_image_only(n, pixel):
     model, _ = checkpoint.load(WEIGHTS)
     engine = inference.SparseResNet(model, 28)
     for place in ((0, 0), (13, 14), (27, 27)):
