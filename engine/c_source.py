@@ -225,125 +225,79 @@ class CSource:
 
 
 def _product(p: Product, kinds: list[str], pool: str) -> tuple[list[str], int]:
-    """A function for products of this shape, and how many positions it reads for a weight."""
-    size, source, target = p.target.size, p.source.side, p.target.side
-    flat = size <= FLAT and source == target
-    cells = (size - 1) * source + size
-    if flat:  # positions are equally far apart in both feature maps, rows included
+    """A function for products of this shape, and how many positions it reads for a weight.
+
+    Sums are in rows of vectors of `width` positions; rows are `step` positions apart in the source
+    and `stride` in the target.
+    """
+    size, step, stride = p.target.size, p.source.side, p.target.side
+    rows, columns, inside, table = size, size, "", []
+    width = min(POSITIONS, 1 << (size - 1).bit_length())
+    if flat := size <= FLAT and step == stride:  # one row, with the border between the pixels
+        cells = (size - 1) * stride + size
         width = POSITIONS if cells > 8 else min(8, 1 << (cells - 1).bit_length())
-        vectors, columns = -(-cells // width), 1
-    else:
-        width = min(POSITIONS, 1 << (size - 1).bit_length())
-        vectors, columns = size, -(-size // width)
-    pieces = -(-vectors // SUMS)
-    vectors = -(-vectors // pieces)
-    step = width if flat else source
+        rows, columns = -(-cells // width), width
+    vectors = -(-rows // -(-rows // SUMS))  # at a time
     turns = 4 if vectors * width <= 8 else 1  # several sums, if one would wait for itself
+    padded = -(-rows // vectors) * vectors
+    if flat and cells > 1:
+        pixels = [int(i < cells and i % stride < size) for i in range(padded * width)]
+        row = "".join(f"{pixel}," for pixel in pixels)
+        table = [f"static const uint8_t ${{f}}_inside[{len(pixels)}] = {{", row, "};", ""]
+        inside = f"${{f}}_inside[{width} * (row + v) + j] ? sum : *to"
+    if flat:
+        step = stride = width
     names = ["counts", "gaps", "weights", "scales", "bias"]
     names = names if len(kinds) == 5 else [n for n in names if n != "scales"]
-    parameters = [f"const {kind} *{name}" for kind, name in zip(kinds, names, strict=True)]
-    if flat and cells > 1:
-        inside = [int(i < cells and i % source < size) for i in range(pieces * vectors * width)]
-        row = "".join(f"{i}," for i in inside)
-        lines = [f"static const uint8_t ${{f}}_inside[{len(inside)}] = {{", row, "};", ""]
-    else:
-        lines = []
-    lines += [
-        f"/* To {size} x {size} pixels: {vectors} x {width} positions at a time. */",
-        "static void $f(int rows, int add, float lowest,",
-        f"    {', '.join(parameters[:3])},",
-        f"    {', '.join(parameters[3:])}, const float *x, float *y"
-        + (", float *pooled)" if pool else ")"),
-        "{",
-        f"    for (int o = 0; o < rows; o++, {'pooled' if pool else 'y'} += "
-        f"{(p.pooled or p.target).stride}) {{",
-        "        const int count = (int)counts[o];",
-    ]
-    indent = " " * 8
-    begin = ""
-    if flat and pieces > 1:
-        lines.append(f"{indent}for (int at = 0; at < {cells}; at += {vectors * width}) {{")
-        indent, begin = indent + "    ", " + at"
-    if not flat and pieces > 1:
-        lines.append(f"{indent}for (int row = 0; row < {size}; row += {vectors})")
-    if not flat and columns > 1:
-        lines.append(f"{indent}for (int column = 0; column < {size}; column += {width})")
-    if not flat and pieces * columns > 1:
-        lines[-1] += " {"
-        indent += "    "
-        begin = f" + row * {source}" * (pieces > 1) + " + column" * (columns > 1)
-
-    def each(
-        do: str, more: str = "", unroll: str = "", rows: str = "", lanes: str = ""
-    ) -> list[str]:
-        """Loops over the sums."""
-        return [
-            f"{indent}{more}{unroll}for (int v = 0; v < {vectors}{rows}; v++)",
-            f"{indent}{more}    {unroll}for (int j = 0; j < {width}{lanes}; j++)",
-            f"{indent}{more}        {do}",
-        ]
-
-    def add(k: str, turn: str, more: str) -> list[str]:
-        return [
-            f"{indent}{more}const float w = weights[{k}];",
-            f"{indent}{more}from += gaps[{k}];",
-            *each(f"sums{turn}[v][j] += w * from[{step} * v + j];", more, "UNROLL "),
-        ]
-
-    shape = f"[{turns}]" if turns > 1 else ""
-    lines += [
-        f"{indent}float sums{shape}[{vectors}][{width}];",
-        f"{indent}const float *from = x{begin};",
-        f"{indent}int k = 0;",
-        f"{indent}memset(sums, 0, sizeof sums);",
-    ]
-    if turns > 1:
-        lines += [
-            f"{indent}for (; k + {turns} <= count; k += {turns})",
-            f"{indent}    for (int u = 0; u < {turns}; u++) {{",
-            *add("k + u", "[u]", " " * 8),
-            f"{indent}    }}",
-        ]
-    lines += [
-        f"{indent}for (; k < count; k++) {{",
-        *add("k", "[0]" if turns > 1 else "", "    "),
-        f"{indent}}}",
-    ]
-    total = " + ".join(f"sums[{u}][v][j]" for u in range(turns)) if turns > 1 else "sums[v][j]"
-    total = f"({total})" if turns > 1 and "scales" in names else total
-    total += (" * scales[o]" if "scales" in names else "") + " + bias[o]"
-    corner = p.target.at(0, 0)
-    offset = f"y + {corner}" if corner else "y"
-    if flat:
-        test = f"${{f}}_inside[{width} * v + j{begin.replace(' +', ' +')}]" if cells > 1 else ""
-        place = f"{offset}{begin} + {width} * v + j"
-        rows_left = lanes_left = ""
-    else:
-        test = ""
-        rows = "(row + v)" if pieces > 1 else "v"
-        place = f"{offset} + {rows} * {target}" + (" + column" * (columns > 1)) + " + j"
-        rows_left = f" && row + v < {size}" if pieces > 1 and size % vectors else ""
-        lanes_left = f" && column + j < {size}" if columns > 1 and size % width else ""
-        lanes_left = f" && j < {size}" if columns == 1 and size < width else lanes_left
-    store = [
-        f"float *to = {place};",
-        f"float sum = {total} + (add ? *to : 0);",
-        "sum = sum > lowest ? sum : lowest;",
-        f"*to = {test} ? sum : *to;" if test else "*to = sum;",
-    ]
-    loops = each("{", rows=rows_left, lanes=lanes_left)
-    lines += [loops[0], f"{loops[1]} {{"]
-    lines += [f"{indent}        {line}" for line in store]
-    lines.append(f"{indent}    }}")
-    if len(indent) > 8:
-        lines.append(f"{indent[:-4]}}}")
-    lines += ["        gaps += count;", "        weights += count;"]
-    if pool:
-        lines.append(f"        {pool}(y, pooled);")
-    last = pieces * vectors - 1
-    reads = last * step + (width - 1 if flat else columns * width - 1) + 1
-    writes = last * (step if flat else target) + columns * width
-    return [*lines, "    }", "}"], max(reads, writes)
+    tables = ", ".join(f"const {kind} *{name}" for kind, name in zip(kinds, names, strict=True))
+    total = " + ".join(f"sums[{turn}][v][j]" for turn in range(turns))
+    scaled = f"({total}) * scales[o]" if "scales" in names else total
+    left = f" && row + v < {rows}" if rows % vectors and not flat else ""
+    above = f" && column + j < {columns}" if columns % width else ""
+    after = f"{pool}(y, pooled);\n        pooled" if pool else "y"
+    text = f"""/* To {size} x {size} pixels: {vectors} x {width} positions at a time. */
+static void $f(int channels, int add, float lowest,
+    {tables},
+    const float *x, float *y{", float *pooled" if pool else ""})
+{{
+    for (int o = 0; o < channels; o++) {{
+        const int count = (int)counts[o];
+        for (int row = 0; row < {rows}; row += {vectors})
+            for (int column = 0; column < {columns}; column += {width}) {{
+                float sums[{turns}][{vectors}][{width}];
+                const float *from = x + row * {step} + column;
+                int k = 0;
+                memset(sums, 0, sizeof sums);
+                for (; k + {turns} <= count; k += {turns})
+                    UNROLL for (int u = 0; u < {turns}; u++) {{
+                        const float w = weights[k + u];
+                        from += gaps[k + u];
+                        UNROLL for (int v = 0; v < {vectors}; v++)
+                            UNROLL for (int j = 0; j < {width}; j++)
+                                sums[u][v][j] += w * from[{step} * v + j];
+                    }}
+                for (; k < count; k++) {{
+                    const float w = weights[k];
+                    from += gaps[k];
+                    UNROLL for (int v = 0; v < {vectors}; v++)
+                        UNROLL for (int j = 0; j < {width}; j++)
+                            sums[0][v][j] += w * from[{step} * v + j];
+                }}
+                for (int v = 0; v < {vectors}{left}; v++)
+                    for (int j = 0; j < {width}{above}; j++) {{
+                        float *to = y + {p.target.at(0, 0)} + (row + v) * {stride} + column + j;
+                        float sum = {scaled} + bias[o] + (add ? *to : 0);
+                        sum = sum > lowest ? sum : lowest;
+                        *to = {inside or "sum"};
+                    }}
+            }}
+        gaps += count;
+        weights += count;
+        {after} += {(p.pooled or p.target).stride};
+    }}
+}}"""
+    reads = (padded - 1) * max(step, stride) + -(-columns // width) * width
+    return [*table, *text.splitlines()], reads
 
 
 def _copy(source: FeatureMap, target: FeatureMap) -> list[str]:
@@ -389,7 +343,7 @@ def _pool(p: Product) -> list[str]:
 
 
 def _string(text: str) -> str:
-    """A C string: what is not a plain character becomes an octal escape; `?` for trigraphs."""
+    """A C string: special characters become octal escapes, `?` too because of trigraphs."""
     return '"' + "".join(
         chr(byte) if 32 <= byte < 127 and byte not in b'"\\?' else f"\\{byte:03o}"
         for byte in text.encode(errors="replace")

@@ -137,11 +137,24 @@ def _each_tensor_(module: nn.Module, dim: int, change: Callable[[str, Tensor], T
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             setattr(module, name, new)
+    _set_sizes_(module)
+
+
+def _set_sizes_(module: nn.Module) -> None:
+    """Let the module's attributes tell the shape of its weight."""
+    if isinstance(module, nn.BatchNorm2d):
+        module.num_features = len(module.weight)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+        module.kernel_size = tuple(module.weight.shape[2:])
 
 
 def _set_kernel_(conv: nn.Conv2d, weight: Tensor, padding: int) -> None:
     conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
-    conv.kernel_size, conv.padding = tuple(weight.shape[2:]), (padding, padding)
+    conv.padding = padding, padding
+    _set_sizes_(conv)
 
 
 # --- convolutions as matrix products --------------------------------------------------------------
@@ -248,5 +261,4 @@ def replace_(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
     """Give `conv` other weights, of any shape."""
     conv.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     conv.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
-    conv.out_channels, conv.in_channels = weight.shape[:2]
-    conv.kernel_size = tuple(weight.shape[2:])
+    _set_sizes_(conv)

@@ -41,7 +41,7 @@ def test_the_shipped_network_in_batches_of_all_sizes(n):
 
 
 @pytest.mark.parametrize("budget", [10_970, 1_000_000])
-def test_budgets_down_to_the_floors(budget, resnet18):
+def test_budgets_down_to_the_protected_weights(budget, resnet18):
     engine = inference.SparseResNet(prune_to(resnet18, budget), 28)
     assert differs(engine, resnet18, images(20)) < 1e-4
 
@@ -170,7 +170,7 @@ def test_copies_and_pickles_compute_the_same(n):
 
 @pytest.mark.parametrize("n", [5, 40])
 @pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
-def test_a_pixel_that_is_not_finite_spoils_its_image_and_no_other(n, pixel):
+def test_a_pixel_that_is_not_finite_makes_nan_of_its_image_only(n, pixel):
     model, _ = checkpoint.load(WEIGHTS)
     engine = inference.SparseResNet(model, 28)
     for place in ((0, 0), (13, 14), (27, 27)):
@@ -180,3 +180,18 @@ def test_a_pixel_that_is_not_finite_spoils_its_image_and_no_other(n, pixel):
             expected = model(x)
         assert expected[3].isnan().all()
         torch.testing.assert_close(engine(x), expected, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_feature_maps_share_memory_whose_borders_are_cleared(narrow_resnet18, monkeypatch):
+    model = prune_to(narrow_resnet18, 50_000)
+    shared, alone = (plan.Plan(model, 28, 1, 16, 1, reuse) for reuse in (True, False))
+    assert shared.cells < 0.7 * alone.cells
+    assert any(shared.cleared) and not any(alone.cleared)
+    engine, x = inference.SparseResNet(model, 28), images(40)
+    expected = engine(x)
+    assert torch.equal(engine(x), expected)
+    assert differs(engine, copy.deepcopy(model), x) < 1e-4
+    engine = inference.SparseResNet(model, 28)
+    engine.many.cleared = [[] for _ in shared.cleared]
+    monkeypatch.setattr(llvm_source, "_cache", {})
+    assert differs(engine, model, x) > 1e-2

@@ -33,8 +33,8 @@ def test_trimmed_and_sped_up_networks_compute_the_same_logits_and_gradients(arch
 
 
 @pytest.mark.parametrize("stem", models.STEMS)
-def test_a_step_asks_onednn_for_no_weight_gradient(stem, narrow):
-    """Its threads spin in wait for each other, so that a busy process slows a step 30 times."""
+def test_a_step_uses_no_weight_gradient_of_onednn(stem, narrow):
+    """Its threads spin while they wait for each other: one busy process slows a step 30 times."""
     setup = distill.Context(torch.device("cpu"), bf16=False, image_size=28, grey=True)
     network = distill.TrainState(
         models.build("resnet18", 10, stem=stem), distill.Training(1), setup

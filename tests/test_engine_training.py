@@ -14,7 +14,7 @@ from engine import rewrite, training
 
 
 def pruned(stem, size, keep=0.05, images=32):
-    """A narrow network in training, of which a share of `keep` of the weights is left, and not all
+    """A narrow network in training that has a share of `keep` of its weights, and not all
     channels within and between the blocks; and a batch."""
     torch.manual_seed(0)
     with shrunk.narrow():
@@ -80,7 +80,7 @@ def test_weights_that_changed_are_used():
     torch.testing.assert_close(after, model(images), rtol=1e-3, atol=1e-4)
 
 
-def test_it_is_used_where_few_weights_are_left():
+def test_it_is_used_where_few_weights_are_not_zero():
     model, _, _ = pruned(4, 28, keep=0.5)
     assert training.sparse_forward_if_faster(model, 28, bf16=False) is None
     model, images, labels = pruned(4, 28)
