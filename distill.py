@@ -4,7 +4,6 @@ Teacher, student and pruned network differ by arguments only. Nothing here reads
 `fit` passes its state, and a row of figures for each epoch, to its caller.
 """
 
-import copy
 import math
 import signal
 import threading
@@ -104,9 +103,7 @@ class Context:
     def inference_copy(self, model: nn.Module) -> nn.Module:
         """An inference-only copy: a SparseResNet if skipping zeros is faster, else
         `rewrite.inference_copy` (dense, BatchNorm folded)."""
-        # Compared on the trimmed model: the dense path has no empty channels either.
-        trimmed = rewrite.trim_channels_(copy.deepcopy(model))
-        if plan.sparse_is_faster(trimmed, self.image_size, self.device):
+        if plan.sparse_is_faster(model, self.image_size, self.device):
             return SparseResNet(rewrite.untrimmed(model), self.image_size, self.grey)
         return rewrite.inference_copy(model, self.device, self.bf16, self.image_size)
 

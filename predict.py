@@ -31,7 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import models
-from engine import plan
+from engine import plan, rewrite
 
 SHEET = 64  # images that --show shows
 
@@ -109,7 +109,7 @@ def choose_engine(
     if wanted == "auto":
         wanted = "sparse" if plan.sparse_is_faster(model, size, device) else "dense"
     if wanted == "dense":
-        return wanted, model
+        return wanted, rewrite.inference_copy(model, device, bf16=False, image_size=size)
     for wrong, reason in (
         (device.type != "cpu", f"runs on the CPU, not on {device.type}"),
         (
