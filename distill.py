@@ -353,8 +353,8 @@ class TrainState:
         """
         if images.is_cuda:  # a graph reads it from the device
             rate = torch.full((), rate, device=images.device)
-        taught = [] if teacher_logits is None else [teacher_logits]
-        return self._graphed(images, targets, rate, *taught)
+        extra = [] if teacher_logits is None else [teacher_logits]
+        return self._graphed(images, targets, rate, *extra)
 
     def _step(
         self,

@@ -129,7 +129,7 @@ def protected(model: nn.Module, masks: Masks) -> Masks:
     weights, the largest others in the block are added. Using the same 8 channels everywhere makes
     the protected weights a connected network.
     """
-    floors = {}
+    found = {}
     for name, weight in weights(model).items():
         block = torch.zeros_like(masks[name])
         outputs = MIN_CHANNELS if weight.dim() == 4 else len(weight)  # every class keeps its share
@@ -139,8 +139,8 @@ def protected(model: nn.Module, masks: Masks) -> Masks:
         best.scatter_(2, scores.argmax(2, keepdim=True), True)
         best = best.reshape(block.shape) & block
         rest = MIN_WEIGHTS - int(best.sum())
-        floors[name] = best | _largest(weight.detach().abs(), block & ~best, max(rest, 0))
-    return floors
+        found[name] = best | _largest(weight.detach().abs(), block & ~best, max(rest, 0))
+    return found
 
 
 def budget_range(model: nn.Module, image_size: int, grey: bool) -> tuple[int, int]:

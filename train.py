@@ -1,4 +1,4 @@
-"""Distil a ResNet50 into a ResNet18 on Fashion-MNIST, then prune it to exactly 100,000 parameters.
+"""Distill a ResNet50 into a ResNet18 on Fashion-MNIST, then prune it to exactly 100,000 parameters.
 
     python train.py            # or: uv run train.py
     python train.py --quick    # the whole chain on a part of the images, 5 minutes on 2 cores
@@ -223,7 +223,7 @@ def save_weights(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Distil a ResNet50 into a ResNet18 on Fashion-MNIST and prune it to exactly "
+        description="Distill a ResNet50 into a ResNet18 on Fashion-MNIST and prune it to exactly "
         "--budget parameters. The same command resumes a run that was stopped.",
     )
     add = parser.add_argument_group("how long, how small").add_argument
@@ -242,7 +242,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--stem", type=int, choices=models.STEMS,
         help="total stride of the student's stem: 4, torchvision's (default); 2, a 3x3 convolution "
-        "and the max-pool, more accurate on small images; 1, without the max-pool, most accurate",
+        "and the max-pool, more accurate on small images; 1, without the max-pool, even more so",
     )  # fmt: skip
     add(
         "--width", type=float, metavar="F",

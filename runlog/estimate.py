@@ -81,10 +81,10 @@ def step_times(
         for _, (batch, targets) in zip(range(enough), batches, strict=False):
             began = time.perf_counter()
             logits = teacher.logits(batch) if distilled else None
-            taught = time.perf_counter()
+            forwarded = time.perf_counter()
             loss, _ = state.step(batch, targets, logits, rate=0.0)
             loss.item()
-            steps.append(time.perf_counter() - taught)
-            forwards.append(taught - began)
+            steps.append(time.perf_counter() - forwarded)
+            forwards.append(forwarded - began)
         seconds[name] = statistics.median(steps), statistics.median(forwards)
     return seconds

@@ -150,9 +150,9 @@ def pictures(
         "layers": functools.partial(plots.layers, kept, could),
     }
     if shown is not None:
-        answers = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1), source.classes
-        drawings["confusion"] = functools.partial(plots.confusion, *answers)
-        drawings["mistakes"] = functools.partial(plots.mistakes, *answers)
+        results = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1), source.classes
+        drawings["confusion"] = functools.partial(plots.confusion, *results)
+        drawings["mistakes"] = functools.partial(plots.mistakes, *results)
     for name, draw in drawings.items():
         try:
             checkpoint.write(folder / f"{name}.png", draw())
