@@ -46,7 +46,7 @@ class Chain:
     student: Training
     pruned: Training  # once for each budget
     batches: Batches
-    width: float | None = None  # of the student; None: WIDTH
+    width: float = 1.0  # of the student, at most
 
 
 # One learning rate cycle has all pruning steps, each small enough that SGD recovers from it within
@@ -421,7 +421,7 @@ def chain_settings(
         "quick": args.quick,
         "length": length,
         "stem": stem,
-        "width": 1.0 if whole else args.width or chain.width or WIDTH[stem],
+        "width": 1.0 if whole else args.width or min(chain.width, WIDTH[stem]),
         "budgets": [] if args.no_prune else sorted(args.budget or [100_000], reverse=True),
         "seed": args.seed,
         "teacher_from": teacher_from,
