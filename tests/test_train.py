@@ -393,9 +393,9 @@ def test_a_stem_of_smaller_stride_goes_through_the_whole_chain(
 ):
     batches = replace(shrunk.CHAIN.batches, images=16)  # 16 times the work for each
     monkeypatch.setattr(train, "QUICK", replace(shrunk.CHAIN, batches=batches, width=1.0))
-    size = ["--image-size", "20"] if stem == 1 else []
+    size = ["--image-size", "20", "--width", "1"] if stem == 1 else []
     assert train.main([*tiny, "--stem", str(stem), *size]) == 0
-    folder = tmp_path / "runs" / f"quick-stem{stem}-seed0"
+    (folder,) = (tmp_path / "runs").glob(f"quick-stem{stem}*-seed0")
     for name in ("teacher", "student", "pruned_resnet18"):
         model, meta = checkpoint.load(folder / f"{name}.pth")
         assert meta["stem"] == (1 if name == "teacher" else stem)
