@@ -4,7 +4,7 @@
     python predict.py -w pruned_resnet18.pth photos/ a.png  # your own
 
 Writes submission.csv (header id,pred) and prints the number of parameters and, where the labels
-are known, the accuracy. The id is the image's number in the test set, or the name of its file.
+are known, the accuracy. docs/own-images.md says what the ids are.
 `-w` takes a file of train.py, or any state dict of a torchvision ResNet18 or ResNet50, plain or
 with the masks of torch.nn.utils.prune.
 """

@@ -62,7 +62,7 @@ FORMER_FLAGS = {"--recipe"}  # named where the runs of older commits are explain
 WRITTEN = {  # by the scripts, where they are run
     *("submission.csv", "metrics.csv", "run.json", "runs/results.csv", "runs/<name>/"),
     *("curves.png", "layers.png", "confusion.png", "mistakes.png", "summary.txt"),
-    *("mine/val/", "mine/test/", "val/", "test/"),
+    *("mine/val/", "mine/test/", "train/", "val/", "test/"),
 }
 
 
