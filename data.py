@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import unicodedata
@@ -63,8 +64,9 @@ STILL = ("MPO", "PSD")  # formats whose further frames are previews or layers of
 CHUNK = 10_000  # images in memory at a time, for prediction; and how many bytes of them
 MOST_BYTES = 2**28
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")  # PIL's modes
-GREY = ("1", "L", "LA", *SIXTEEN_BITS)
+GREY = ("1", "L", "LA", "I", *SIXTEEN_BITS)
 SIZES = (8, 512)  # of the images, smallest and largest
+CHANNELS = 4  # so few pixels a side count as the channels of one image (H, W, C)
 
 
 class DataError(Exception):
@@ -164,6 +166,9 @@ def _torchvision(dataset: str, path: Path, train: bool):
                 shutil.rmtree(path / TORCHVISION[dataset], ignore_errors=True)
             return kind(path, train, download=True)
     except Exception as error:  # torchvision lets out whatever stops it
+        for empty in (path / TORCHVISION[dataset] / "raw", path / TORCHVISION[dataset]):
+            with contextlib.suppress(OSError):
+                empty.rmdir()  # only if nothing is in it
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: {dataset} is not there, and not to be had ({reason})") from None
 
@@ -215,7 +220,11 @@ def _why_not(folder: Path) -> str:
     for place in places:
         if _splits(place):
             return f"{needed}; did you mean {place}?"
-    if classes := [place for place in places if image_files(place)]:
+    classes = [place for place in places if image_files(place)]
+    if any(image_files(inner) for place in classes for inner in _folders(place)):
+        known = "/, ".join(names[0] for names in SPLITS.values())
+        return f"{needed}; rename those with folders of classes ({_names(classes)}) to {known}/"
+    if classes:
         return f"{needed}; its folders with images ({_names(classes)}) belong into {folder}/train/"
     return needed
 
@@ -595,10 +604,17 @@ def walk(folder: Path) -> tuple[list[Path], list[Path]]:
             continue
         seen.add((known.st_dev, known.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if not name.startswith("."):
-                (images if has_suffix(name) else others).append(Path(place, name))
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            (images if is_image(path) and not _is_special(path) else others).append(path)
     return sorted(images), sorted(others)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a file is a pipe, a socket or a device: to read one may never end."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # a broken link is told by who reads it
+        return False
 
 
 def has_suffix(name: str) -> bool:
@@ -662,14 +678,19 @@ def read_image(image: Image.Image | str | Path, image_size: int, grey: bool) -> 
         with _opened(image) as opened:
             return read_image(opened, image_size, grey)
     _check(image)
+    deep = re.search(";16[BLN]", str(getattr(image, "tile", "")))  # of colors, PIL keeps 8 bits
     if isinstance(image, TiffImageFile):  # Pillow 12 and 13 misread mapped files that EXIF turns
         name, image.filename = image.filename, ""
         image.load()
         image.filename = name
     image = ImageOps.exif_transpose(image)  # first: conversions drop the EXIF data
+    if image.mode == "I":  # of PGM
+        image = Image.fromarray(np.array(image).astype(np.uint16))
     if image.mode in SIXTEEN_BITS:
         image = _highest_8_bits(image)
-    elif "A" in image.getbands() or "transparency" in image.info:
+    elif deep and 0 < max(most for _, most in image.convert("RGB").getextrema()) < 16:
+        raise ValueError("of its 16 bits it uses 12 or less: it would be black")
+    if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image)
@@ -691,7 +712,8 @@ def _check(image: Image.Image) -> None:
     if image.format in NOT_DECODED:
         raise ValueError(f"{image.format} is not supported")
     tags = getattr(image, "tag_v2", {})  # of TIFF
-    if image.mode in ("I", "F") or tags.get(SAMPLEFORMAT, (1,))[0] != 1:
+    pgm = image.format == "PPM" and image.mode == "I"  # 16 bits, in 32
+    if (image.mode in ("I", "F") and not pgm) or tags.get(SAMPLEFORMAT, (1,))[0] != 1:
         raise ValueError("its pixels are not unsigned numbers of 8 or 16 bits")
     if image.mode in SIXTEEN_BITS and tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
         raise ValueError("its pixels are of 16 bits, and 0 is white")
@@ -732,6 +754,11 @@ def stream(path: Path, chunk: int) -> Iterator[Tensor]:
             n, *image = shape
             if n < 1 or not all(0 < side <= 4096 for side in image):
                 raise DataError(f"{path}: its header says {n} images of {image}")
+            if len(shape) == 3 and shape[-1] <= CHANNELS:
+                raise DataError(
+                    f"{path}: {tuple(shape)} looks like one image with its channels last; give "
+                    "(N, H, W), (N, H, W, 3) or (N, 3, H, W)"
+                )
             if path.is_file() and path.suffix != ".gz":  # all of it can be told now
                 size = path.stat().st_size - file.tell()
                 if size != math.prod(shape):

@@ -116,7 +116,9 @@ def _batch(images) -> _torch.Tensor:
     """Pixels as uint8 (N, H, W) or (N, 3, H, W)."""
     if isinstance(images, _np.ndarray):
         if images.dtype == _np.uint8:
-            images = _torch.from_numpy(_np.ascontiguousarray(images))
+            images = _torch.from_numpy(
+                _np.array(images, order="C")
+            )  # torch warns of read-only ones
     elif not isinstance(images, _torch.Tensor):
         kind = type(images).__name__
         raise TypeError(f"a PIL image, a path, a tensor or an array is needed, not a {kind}")
@@ -135,6 +137,6 @@ def _batch(images) -> _torch.Tensor:
         return images.movedim(-1, -3).reshape(-1, 3, *shape[-3:-1])
     if len(shape) == 4 and shape[1] in (1, 3):
         return images[:, 0] if shape[1] == 1 else images
-    if len(shape) in (2, 3):
+    if len(shape) in (2, 3) and shape[-1] > _data.CHANNELS:
         return images.reshape(-1, *shape[-2:])
     raise ValueError(f"{shape}: expected (H, W), (N, H, W), (N, 3, H, W) or (N, H, W, 3)")

@@ -70,10 +70,12 @@ def test_arrays_and_tensors_are_read_alike(transform):
         (torch.zeros(3, 28, 28, dtype=torch.uint8), "one image in color or three"),
         (torch.zeros(1, 4, 28, 28, dtype=torch.uint8), "expected"),
         (torch.zeros(28, dtype=torch.uint8), "expected"),
+        (np.zeros((28, 28, 1), np.uint8), "expected"),
+        (np.zeros((28, 28, 4), np.uint8), "expected"),
         ([1, 2], "not a list"),
         (Image.new("F", (28, 28)), "not unsigned numbers"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_pixels_that_could_be_misread_are_refused(images, message, transform):
     with pytest.raises((TypeError, ValueError), match=message):

@@ -5,9 +5,11 @@ import gzip
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import unicodedata
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,6 +252,7 @@ def test_all_files_that_cannot_be_read_are_named(folder, tmp_path, tiny, capsys)
         ("no train", "has no folder train/"),
         ("two names", "train/, training/ are all for the split train"),
         ("classes alone", "its folders with images (left/, middle/, right/) belong into"),
+        ("other names", "rename those with folders of classes (test_set/, training_set/)"),
         ("folder above", "did you mean"),
         ("by name", "give --dataset or --data, not both"),
         ("empty class", "no images of this class"),
@@ -268,6 +271,9 @@ def test_folders_that_cannot_be_trained_on(change, message, folder, tiny, capsys
         shutil.rmtree(folder / "test")
         (folder / "train").rename(folder.parent / "classes")
         folder = folder.parent / "classes"
+    if change == "other names":
+        (folder / "train").rename(folder / "training_set")
+        (folder / "test").rename(folder / "test_set")
     if change == "folder above":
         (folder.parent / "above").mkdir()
         folder = folder.rename(folder.parent / "above" / "own").parent
@@ -325,11 +331,56 @@ def test_torchvisions_data_sets_by_name(name, monkeypatch, tmp_path):
 
 def test_a_data_set_that_cannot_be_had_is_said_so(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
+        (tmp_path / "KMNIST" / "raw").mkdir(parents=True, exist_ok=True)  # as torchvision does
         raise RuntimeError("no route\nto host")
 
     monkeypatch.setattr(torchvision.datasets, "KMNIST", refuse)
     with pytest.raises(data.DataError, match="kmnist is not there, and not to be had"):
         data.find(tmp_path, "kmnist")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("color", [False, True])
+def test_16_bits_of_pnm_and_colors(color, tmp_path):
+    """PIL keeps 8 bits of color PNM files, and 32 of gray ones."""
+    shape = (8, 8, 3) if color else (8, 8)
+    pixels = np.arange(np.prod(shape)).reshape(shape) * 300
+    path = tmp_path / "a.pnm"
+    head = f"{'P6' if color else 'P5'} 8 8 65535\n".encode()
+    path.write_bytes(head + pixels.astype(">u2").tobytes())
+    assert (data.inspect([path])[0][0] in data.GREY) != color
+    image = data.read_image(path, 8, grey=not color).squeeze()
+    expected = torch.from_numpy((pixels >> 8).astype(np.uint8))
+    difference = image.int() - (expected.permute(2, 0, 1) if color else expected).int()
+    assert difference.abs().max() <= 1  # PIL rounds
+
+
+def test_dark_colors_of_16_bits_are_refused(tmp_path):
+    """12 bits in 16, as cameras have: PIL keeps the highest 8."""
+    for name, most in (("bright", 65535), ("dark", 4095)):
+        pixels = np.full((8, 8, 3), most, ">u2")
+        rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+        chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),)
+        chunks += ((b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        content = b"\x89PNG\r\n\x1a\n"
+        for kind, part in chunks:
+            check = struct.pack(">I", zlib.crc32(kind + part))
+            content += struct.pack(">I", len(part)) + kind + part + check
+        (tmp_path / f"{name}.png").write_bytes(content)
+    assert (data.read_image(tmp_path / "bright.png", 8, grey=True) == 255).all()
+    with pytest.raises(ValueError, match="12 or less"):
+        data.read_image(tmp_path / "dark.png", 8, grey=True)
+
+
+def test_images_are_known_by_content_where_names_do_not_tell(tmp_path):
+    """As downloads that are named by a hash; pipes are left out, as they may never end."""
+    Image.new("L", (8, 8)).save(tmp_path / "0a1b", "png")
+    (tmp_path / "notes").write_text("no image")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    images, others = data.walk(tmp_path)
+    assert [path.name for path in images] == ["0a1b", "gone.png"]
+    assert [path.name for path in others] == ["notes", "pipe.png"]
 
 
 def test_idx_and_npy_files_are_streamed(tmp_path, shipped_like, monkeypatch):
@@ -367,6 +418,7 @@ BAD = {
     "cut.gz": gzip.compress(shrunk.idx_bytes(np.ones((9, 28, 28), np.uint8)))[:-9],
     "text.png": b"no image",
     "broken.npy": b"\x93NUMPY\x01\x00",
+    "channels last": shrunk.idx_bytes(np.zeros((28, 28, 4), np.uint8)),
 }
 
 
@@ -695,6 +747,13 @@ def predicted(tmp_path, capsys, narrow):
         return read_rows(out) if code == 0 else code, written.out, written.err
 
     return predicted
+
+
+def test_a_teacher_that_does_not_say_its_images_is_named(folder, tmp_path, narrow, capsys):
+    path = tmp_path / "plain.pth"
+    torch.save(models.build("resnet18", 3).state_dict(), path)
+    train.check_given("--teacher", path, data.find(folder))
+    assert f"{path} does not say its classes and images" in capsys.readouterr().err
 
 
 def test_the_weights_decide_the_order_of_the_classes(folder, predicted):
