@@ -265,7 +265,10 @@ def read(path: str | Path) -> object:
         elif text == "torchscript":
             reason = f"it is a TorchScript archive; save the weights alone instead: {ALONE}"
         else:
-            reason = "it is empty, damaged, truncated, or was not written by torch.save"
+            reason = (
+                "it is empty, damaged, truncated, or was not written by torch.save; fetch or save "
+                "it again"
+            )
         raise CheckpointError(f"{path}: cannot be loaded: {reason}") from None
 
 
@@ -597,7 +600,9 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
     """A model from anybody's state dict."""
     flat = _flatten(content) if isinstance(content, dict) else {}
     if not any(isinstance(tensor, Tensor) for tensor in flat.values()):
-        raise CheckpointError(f"{path}: holds no state dict")
+        inside = ", ".join(list(map(str, content))[:5])[:100] if isinstance(content, dict) else ""
+        holds = f"only {inside}" if inside else f"a {type(content).__name__}"
+        raise CheckpointError(f"{path}: holds no state dict, {holds}; save one: {ALONE}")
     prefix, others = _find_network(path, flat)
     state, ignored = {}, [other.rstrip(".") for other in others]
     for name, tensor in flat.items():
@@ -645,7 +650,10 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
             )
     for name in sorted(state.keys() - own.keys()):
         if not NOT_WEIGHTS.match(name):
-            raise CheckpointError(f"{path}: not a torchvision {arch}, it also has {name}")
+            raise CheckpointError(
+                f"{path}: not a torchvision {arch}, it also has {name}; if that is no part of the "
+                f"network, save it without: {ALONE}"
+            )
         ignored.append(prefix + name)
     model.load_state_dict(
         {name: state[name] * masks[name] if name in masks else state[name] for name in own}

@@ -229,8 +229,16 @@ def test_whole_models_are_refused_with_what_to_do(narrow_resnet18, path):
 
 def test_names_of_tensors_cannot_break_the_line(narrow_resnet18, path):
     torch.save({**narrow_resnet18.state_dict(), "head\n\x1b\udce9": torch.ones(1)}, path)
-    with pytest.raises(checkpoint.CheckpointError, match=r"also has head\\n\\x1b\\udce9$"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"also has head\\n\\x1b\\udce9; if"):
         checkpoint.load(path)
+
+
+def test_what_a_file_without_weights_holds_is_said(narrow_resnet18, path):
+    optimizer = torch.optim.SGD(narrow_resnet18.parameters(), 0.1).state_dict()
+    for content, holds in ((optimizer, "only state, param_groups"), ([optimizer], "a list")):
+        torch.save(content, path)
+        with pytest.raises(checkpoint.CheckpointError, match=f"no state dict, {holds}; save one"):
+            checkpoint.load(path)
 
 
 def test_a_dict_that_holds_itself_ends(path):
