@@ -147,6 +147,7 @@ def run(main: Callable[[], int]) -> int:
             return main()
         finally:
             sys.stdout.flush()  # here, not at exit, where nothing can be caught
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C again: no traceback of the exit
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -39,6 +39,14 @@ def test_all_scripts_begin_alike(script, tmp_path):
         assert (done.returncode, done.stderr) == (code, error)
 
 
+def test_a_second_ctrl_c_is_no_traceback_of_the_exit():
+    again = "import atexit, os; atexit.register(lambda: (os.kill(os.getpid(), 2), 0)); "
+    done = subprocess.run(
+        [sys.executable, "-c", again + SAID.format("7")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (-2, "")
+
+
 def test_a_closed_pipe_ends_a_script_without_a_word():
     """As `| head` does; help is printed on the way that everything is."""
     help_of = SAID.format("__import__('argparse').ArgumentParser().parse_args(['--help'])")
