@@ -442,12 +442,6 @@ def check_given(flag: str, path: Path, source: data.Source) -> tuple[nn.Module, 
     network, meta = checkpoint.load(path)
     if (note := checkpoint.pop_ignored_(meta, path)) and runtime.rank() == 0:
         print(f"train.py: warning: {note}", file=sys.stderr)
-    if "image_size" not in meta and runtime.rank() == 0:
-        print(
-            f"train.py: {path} does not say its classes and images: taken to be those of "
-            f"{source.path}",
-            file=sys.stderr,
-        )
     there = {"classes": list(source.classes), "image_size": source.image_size, "grey": source.grey}
     if meta["num_classes"] != len(source.classes):
         raise UsageError(
@@ -465,6 +459,12 @@ def check_given(flag: str, path: Path, source: data.Source) -> tuple[nn.Module, 
                 f"{flag} {path}: was trained for {shown(meta[key])}, but {source.path} has "
                 f"{shown(there[key])}"
             )
+    if "image_size" not in meta and runtime.rank() == 0:
+        print(
+            f"train.py: {path} does not say its classes and images: taken to be those of "
+            f"{source.path}",
+            file=sys.stderr,
+        )
     return network, meta
 
 
