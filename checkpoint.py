@@ -70,7 +70,7 @@ FOREIGN_DTYPES = (  # of third-party weights, masks and counters
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "pb": 0, "dict_size": 2**20}]
 # Entries of third-party state dicts that are not the network's: AveragedModel's, a criterion's.
 NOT_WEIGHTS = re.compile(r"n_averaged$|(\w*_)?(criterion|loss|metric)", re.I)
-AVERAGED = re.compile(r"ema|swa|averag", re.I)  # names of averaged weights
+AVERAGED = re.compile(r"(?<![a-z])(ema|swa)(?![a-z])|averag", re.I)  # names of averaged weights
 # Why a file can only be overwritten: rights of its folder or of a sticky one, a mount point.
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 ALONE = "torch.save(model.state_dict(), 'weights.pth')"
@@ -434,9 +434,9 @@ def add_image_flags(parser: argparse._ActionsContainer) -> None:
         help="side of its images in pixels, if the weights file does not say (28)",
     )  # fmt: skip
     parser.add_argument(
-        "--colour",
+        "--color",
         action="store_true",
-        help="its images are in colour, if the file does not say (grey)",
+        help="its images are in color, if the file does not say (default: grayscale)",
     )
     parser.add_argument(
         "--stem", type=int, choices=models.STEMS,
@@ -445,9 +445,9 @@ def add_image_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def fill_missing_meta_(
-    meta: dict, path: str | Path, image_size: int | None, colour: bool, stem: int | None
+    meta: dict, path: str | Path, image_size: int | None, color: bool, stem: int | None
 ) -> str | None:
-    """Complete the `meta` of the file at `path` in place: image size (28) and grey or colour.
+    """Complete the `meta` of the file at `path` in place: image size (28) and grey or color.
 
     Returns a line for the user on everything that was assumed or ignored, else None. Raises
     CheckpointError if file and user disagree.
@@ -459,11 +459,11 @@ def fill_missing_meta_(
     silent = "image_size" not in meta
     for key, said, default in (
         ("image_size", image_size, 28),
-        ("grey", False if colour else None, True),
+        ("grey", False if color else None, True),
     ):
         known = meta.setdefault(key, default if said is None else said)
         if said not in (None, known):
-            flag = "--colour" if key == "grey" else f"--image-size {said}"
+            flag = "--color" if key == "grey" else f"--image-size {said}"
             raise CheckpointError(f"{path}: {flag}, but it is for {_images(meta)} images")
     notes = []
     if silent and (image_size is None or (stem is None and meta["stem"] == 1)):
@@ -483,7 +483,9 @@ def pop_ignored_(meta: dict, path: str | Path) -> str | None:
 
 
 def _images(meta: dict) -> str:
-    return "{0}x{0}, {1}".format(meta["image_size"], "grey" if meta.get("grey", True) else "colour")
+    return "{0}x{0}, {1}".format(
+        meta["image_size"], "grayscale" if meta.get("grey", True) else "color"
+    )
 
 
 class _Broken(Exception):

@@ -137,18 +137,20 @@ def find_for_weights(weights: str | Path, meta: dict, folder: str | Path | None 
             f"{len(source.classes)}{hint}"
         )
     known, here = set(theirs), set(source.classes)
-    fits = here <= known and len(known) == len(
-        theirs
-    )  # in an order of its own, some without images
+    # An image folder may have an order of its own, and lack some of the classes.
+    fits = here <= known and len(known) == len(theirs)
     if theirs != source.classes and not (source.splits and fits):
         raise DataError(
             f"{weights}: is for the classes {_some(theirs, 10)}, but {source.path} has "
             f"{_some(source.classes, 10)}"
         )
-    notes = source.notes
-    if known > here:
-        notes += (f"{source.path}: has no images of the classes {_some(sorted(known - here))}",)
-    return replace(source, classes=theirs, grey=meta.get("grey", source.grey), notes=notes)
+    source = replace(source, classes=theirs, grey=meta.get("grey", source.grey))
+    if not source.splits:
+        return source
+    there = set(_list_classes(source, "test")[1].tolist())
+    missing = [name for label, name in enumerate(theirs) if label not in there]
+    note = f"{source.splits['test']}: has no images of the classes {_some(missing)}"
+    return replace(source, notes=(*source.notes, *([note] if missing else [])))
 
 
 def _torchvision(dataset: str, path: Path, train: bool):
@@ -796,8 +798,8 @@ def _npy_shape(file: BinaryIO, path: Path) -> list[int]:
         shape, columns_first, dtype = read_header[version](file)
     except Exception:  # it is parsed as Python, and damage can raise nearly anything
         raise DataError(f"{path}: its header is damaged") from None
-    colour = len(shape) == 4 and 3 in (shape[1], shape[3])
-    if dtype != np.uint8 or columns_first or not (len(shape) == 3 or colour):
+    color = len(shape) == 4 and 3 in (shape[1], shape[3])
+    if dtype != np.uint8 or columns_first or not (len(shape) == 3 or color):
         raise DataError(
             f"{path}: {dtype} {shape}, expected uint8 (N, H, W), (N, H, W, 3) or (N, 3, H, W)"
         )

@@ -147,7 +147,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
     """
     model, meta = checkpoint.load(args.weights, stem=args.stem)
     assumed = checkpoint.fill_missing_meta_(
-        meta, args.weights, args.image_size, args.colour, args.stem
+        meta, args.weights, args.image_size, args.color, args.stem
     )
     if assumed:
         print(f"export.py: {assumed}", file=sys.stderr)
@@ -247,7 +247,7 @@ class CLibrary:
 
 
 def c_file(
-    model: nn.Module, meta: dict, name: str, bits: int, notes: list[str]
+    model: nn.Module, meta: dict, name: str, bits: int, notes: list[str], file: str = ""
 ) -> tuple[nn.Module, c_source.CSource]:
     """(the network as the C file computes it, the C file's source)."""
     size, grey = meta["image_size"], meta["grey"]
@@ -256,7 +256,8 @@ def c_file(
         if grey:
             prune.merge_grey_input_(model)
         model = checkpoint.fake_quantize(model, bits)
-    return model, c_source.CSource(model, size, grey, name, bits, meta.get("classes", ()), notes)
+    classes = meta.get("classes", ())
+    return model, c_source.CSource(model, size, grey, name, bits, classes, notes, file)
 
 
 def export_c(args: argparse.Namespace) -> None:
@@ -268,7 +269,7 @@ def export_c(args: argparse.Namespace) -> None:
     stock = models.infer(model, images_u8)
     name = c_source.identifier(output.stem)
     notes = [f"A {meta['arch']} of {meta['parameters']:,} parameters, written by export.py."]
-    network, source = c_file(model, meta, name, args.bits, notes)
+    network, source = c_file(model, meta, name, args.bits, notes, output.name)
     expected = stock if args.bits == 32 else models.infer(network, images_u8)
     if labels is not None:
         accuracy = models.accuracy(expected, labels)

@@ -116,9 +116,8 @@ def _batch(images) -> _torch.Tensor:
     """Pixels as uint8 (N, H, W) or (N, 3, H, W)."""
     if isinstance(images, _np.ndarray):
         if images.dtype == _np.uint8:
-            images = _torch.from_numpy(
-                _np.array(images, order="C")
-            )  # torch warns of read-only ones
+            # A copy, because torch warns of read-only arrays.
+            images = _torch.from_numpy(_np.array(images, order="C"))
     elif not isinstance(images, _torch.Tensor):
         kind = type(images).__name__
         raise TypeError(f"a PIL image, a path, a tensor or an array is needed, not a {kind}")

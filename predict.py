@@ -197,7 +197,7 @@ def predict(args: argparse.Namespace) -> None:
     """Check all arguments, predict, write."""
     device = models.choose_device(args.device)
     model, meta = checkpoint.load(args.weights, device, args.stem)
-    said = args.image_size, args.colour, args.stem
+    said = args.image_size, args.color, args.stem
     assumed = checkpoint.fill_missing_meta_(meta, args.weights, *said)
     inputs = [args.weights, *args.images]
     if args.images:

@@ -68,7 +68,7 @@ QUICK = Chain(
     width=0.5,
 )
 PRUNE_FRACTION = 1 / 3  # of the epochs have a pruning step before them, the first ones
-LENGTH = {"cuda": 4.0}  # factor of all epochs, by device; others 1
+LENGTH = {"cuda": 4.0}  # factor of all epochs, by device; others 1 (not measured on a GPU yet)
 # Fraction of the student's channels, by the total stride of its stem: at stride 1 a ResNet18 of a
 # quarter of the channels is as accurate as a whole one at stride 2, in half of the time.
 WIDTH = {4: 1.0, 2: 1.0, 1: 0.25}
@@ -346,8 +346,8 @@ def check_combination(args: argparse.Namespace) -> None:
 
 def check(
     args: argparse.Namespace, source: data.Source, device: torch.device
-) -> tuple[str, dict, dict[str, list[Path]], int]:
-    """The run's name and settings, the given files, and the student's reachable parameters.
+) -> tuple[dict, dict[str, list[Path]], int]:
+    """The run's settings, the given files, and the number of the student's reachable parameters.
 
     Raises UsageError, or whatever else is wrong, before hours of work.
     """

@@ -32,8 +32,8 @@ class CSource:
     `name` is a C identifier, see `identifier`. `bits`: 32 for float weights; 16, or 2 to 8, for
     integers with a scale for each output channel, exact for weights of `checkpoint.fake_quantize`
     (the first layer's stay floats). `classes` are names, of any characters; by default "0", "1" and
-    so on. `notes` are lines for the comment at the top. Raises ValueError for a wrong number of
-    classes.
+    so on. `notes` are lines for the comment at the top, which also has the name of the `file`, by
+    default that of the network. Raises ValueError for a wrong number of classes.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class CSource:
         bits: int = 32,
         classes: Sequence[str] = (),
         notes: Sequence[str] = (),
+        file: str = "",
     ):
         self.plan = Plan(model, image_size, 1 if grey else 3, images=1, positions=POSITIONS)
         count = self.plan.logits.channels
@@ -52,6 +53,7 @@ class CSource:
         if len(self.classes) != count:
             raise ValueError(f"{len(self.classes)} names for {count} classes")
         self.name, self.bits, self.notes = name, bits, notes
+        self.file = file if re.fullmatch(r"\w[\w.-]*", file, re.A) else f"{name}.c"
         self.table_bytes = 0
         self.tables: list[str] = []
         self.functions: dict[str, str] = {}  # names by texts
@@ -101,8 +103,8 @@ class CSource:
             "To compile it for your program, or as a program that prints the class of each",
             "image in an IDX file:",
             "",
-            f"    cc -O3 -march=native -c {name}.c",
-            f"    cc -O3 -march=native -DCLASSIFY_MAIN {name}.c -o classify",
+            f"    cc -O3 -march=native -c {self.file}",
+            f"    cc -O3 -march=native -DCLASSIFY_MAIN {self.file} -o classify",
             "    ./classify t10k-images-idx3-ubyte",
         ]
         return "\n".join(["/*", *(f" * {line}".rstrip() for line in lines), " */"])

@@ -193,7 +193,7 @@ def recorded_accuracy(command: str) -> str:
     """The test accuracy that `command` had, by the project's results; "" if it was not run."""
     if not RECORDED.exists():
         return ""
-    rows = [row for row in csv.DictReader(RECORDED.open()) if row.get("command") == command]
+    rows = [row for row in csv.DictReader(RECORDED.open()) if row["command"] == command]
     last = {row["seed"]: row for row in rows}  # of several budgets, the smallest
     test = [100 * float(row["pruned_test"] or row["student_test"]) for row in last.values()]
     if not test:

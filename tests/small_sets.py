@@ -87,7 +87,7 @@ def _written(words: list[str], train: int, test: int, size: int = 32) -> Images:
 
 
 def shapes() -> Images:
-    """Six shapes of any colour on any other, 40x40."""
+    """Six shapes of any color on any other, 40x40."""
     yield from _drawn(("cross", "disc", "ring", "square", "star", "triangle"), 40, 200, 60)
 
 
@@ -119,10 +119,10 @@ def _drawn(names: tuple[str, ...], size: int, train: int, test: int) -> Images:
     for split, n in (("train", train), ("test", test)):
         for name in names:
             for _ in range(n):
-                colours = rng.integers(0, 256, (2, 3))
-                while np.abs(colours[0] - colours[1]).sum() < 150:
-                    colours = rng.integers(0, 256, (2, 3))
-                front, back = (tuple(int(c) for c in colour) for colour in colours)
+                colors = rng.integers(0, 256, (2, 3))
+                while np.abs(colors[0] - colors[1]).sum() < 150:
+                    colors = rng.integers(0, 256, (2, 3))
+                front, back = (tuple(int(c) for c in color) for color in colors)
                 image = Image.new("RGB", (size, size), back)
                 points = polygon(outlines[name])
                 ImageDraw.Draw(image).polygon(points, front)
@@ -168,7 +168,7 @@ def row(name: str, place: Path, run: Path) -> str:
     images = {split: len(data.image_files(place / split)) for split in ("train", "test")}
     first = data.image_files(place / "train")[0]
     with Image.open(first) as image:
-        size = f"{image.width}x{image.height}{'' if image.mode == 'L' else ', colour'}"
+        size = f"{image.width}x{image.height}{'' if image.mode == 'L' else ', color'}"
     by_stage = {stage["stage"]: stage["test_accuracy"] for stage in known["stages"]}
     command = "train.py --quick" if known["settings"]["quick"] else "train.py"
     return (

@@ -631,3 +631,9 @@ def test_loading_does_not_import_the_compiler(shipped_like):
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], cwd=Path(checkpoint.__file__).parent, check=True)
+
+
+@pytest.mark.parametrize("name", ["ema", "model_ema", "state_dict_ema", "swa_model", "averaged"])
+def test_averages_are_known_by_their_names_and_not_by_parts_of_words(name):
+    assert checkpoint.AVERAGED.search(name)
+    assert not any(map(checkpoint.AVERAGED.search, ("cinema", "emanet", "schema.model")))

@@ -79,7 +79,7 @@ def test_the_shipped_network_fits_a_small_device(bits, tmp_path, sanitizers):
     ("size", "grey", "stem", "budget"),
     [(33, False, 4, 50_000), (28, True, 2, 60_000), (17, False, 2, 50_000), (19, True, 1, 30_000)],
 )
-def test_colour_odd_sizes_and_small_stems(size, grey, stem, budget, narrow, tmp_path, sanitizers):
+def test_color_odd_sizes_and_small_stems(size, grey, stem, budget, narrow, tmp_path, sanitizers):
     torch.manual_seed(0)
     model = prune_to(models.build("resnet18", 3, stem=stem), budget, size)
     if not grey:

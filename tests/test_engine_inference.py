@@ -46,7 +46,7 @@ def test_budgets_down_to_the_protected_weights(budget, resnet18):
     assert differs(engine, resnet18, images(20)) < 1e-4
 
 
-def test_dense_weights_other_sizes_colour_and_resnet50(narrow_resnet18):
+def test_dense_weights_other_sizes_color_and_resnet50(narrow_resnet18):
     for size, grey in ((28, True), (32, False), (40, False)):
         engine = inference.SparseResNet(narrow_resnet18, size, grey)
         assert differs(engine, narrow_resnet18.eval(), images(17, size, grey)) < 1e-4

@@ -45,7 +45,7 @@ def test_constant_channels_stay_and_numbers_of_channels_are_multiples_of_a_block
 
 @pytest.mark.parametrize("stem", models.STEMS)
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_dense_colour_networks(arch, stem, narrow):
+def test_dense_color_networks(arch, stem, narrow):
     torch.manual_seed(0)
     model, batch = models.build(arch, 3, stem=stem).eval(), images(3, 3, 40, 40)
     slim = export.ExportModel(model, 40, grey=False).eval()
@@ -83,7 +83,8 @@ def test_one_test_image_is_enough_and_large_logits_may_differ_by_more(
     flags = ["-w", str(weights), "--data", str(tmp_path / "own")]
     assert export.main(flags) == 0
     captured = capsys.readouterr()
-    assert "1 of 1 test images as in PyTorch" in captured.out and not captured.err
+    assert "1 of 1 test images as in PyTorch" in captured.out
+    assert "has no images of the classes" in captured.err and captured.err.count("\n") == 1
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys, shipped_like):
@@ -129,12 +130,12 @@ def test_plain_files_and_outputs(tiny, tmp_path, monkeypatch, capsys):
     weights, half = tmp_path / "plain.pth", tmp_path / "half.pth"
     torch.save(models.build("resnet18", 3, stem=2).state_dict(), weights)
     flags = ["-w", str(weights), "--bits", "8", "-o", str(half)]
-    assert export.main([*flags, "--image-size", "32", "--colour", "--stem", "2"]) == 0
+    assert export.main([*flags, "--image-size", "32", "--color", "--stem", "2"]) == 0
     assert capsys.readouterr().err == ""
     meta = checkpoint.load(half)[1]
     assert (meta["image_size"], meta["grey"], meta["stem"]) == (32, False, 2)
     assert export.main(flags) == 0
-    assert "taken to be 28x28, grey, stem 1" in capsys.readouterr().err
+    assert "taken to be 28x28, grayscale, stem 1" in capsys.readouterr().err
     assert export.main([*flags, "-o", str(weights)]) == 2
     assert "the same file as" in capsys.readouterr().err
 
@@ -150,9 +151,11 @@ def test_the_c_file_is_checked_and_written(shipped_like, tiny_data, tmp_path, ca
         assert export.main([*flags, str(tmp_path / "wrong.c")]) == 2
         assert "differs by" in capsys.readouterr().err
     monkeypatch.setattr(export, "compiler", lambda: None)
-    assert export.main([*flags, str(tmp_path / "other.c")]) == 0
-    assert "there is no C compiler" in capsys.readouterr().out
-    assert (tmp_path / "other.c").exists() and not (tmp_path / "wrong.c").exists()
+    for file, said in (("other-8bit.c", "other-8bit.c"), ("a b.c", "a_b.c")):  # in the command
+        assert export.main([*flags, str(tmp_path / file)]) == 0
+        assert "there is no C compiler" in capsys.readouterr().out
+        assert f"-march=native -c {said}\n" in (tmp_path / file).read_text()
+    assert not (tmp_path / "wrong.c").exists()
 
 
 @pytest.mark.skipif(not export.compiler(), reason="needs a C compiler")

@@ -9,8 +9,8 @@ def test_normalize_gives_three_equal_channels_from_minus_one_to_one():
     out = models.normalize(images)
     assert out.shape == (3, 3, 28, 28) and out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out[:, :, 5, 7], torch.tensor([[-1.0], [1.0], [-0.6]]).expand(3, 3))
-    colour = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    torch.testing.assert_close(models.normalize(colour), (colour / 255 - 0.5) / 0.5)
+    color = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(models.normalize(color), (color / 255 - 0.5) / 0.5)
 
 
 def test_infer_does_not_depend_on_the_batch_size_and_averages_mirror_images(resnet18):

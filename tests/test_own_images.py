@@ -44,8 +44,8 @@ def folder(tmp_path):
     return tmp_path / "own"
 
 
-def colour(folder, n=8, classes=10):
-    """CIFAR-10's shape: 32x32 in colour, ten classes."""
+def color(folder, n=8, classes=10):
+    """CIFAR-10's shape: 32x32 in color, ten classes."""
     rng = np.random.default_rng(0)
     for label in range(classes):
         place = folder / "train" / f"class{label:02}"
@@ -115,17 +115,17 @@ def test_images_that_were_added_are_noticed(tiny, folder, monkeypatch, capsys):
     ("size", "stem"),
     [(32, 4), *(pytest.param(size, 2, marks=pytest.mark.slow) for size in (40, 64))],
 )
-def test_colour_images_through_the_whole_chain(size, stem, tiny, tmp_path, capsys):
-    folder = colour(tmp_path / "cifar")
+def test_color_images_through_the_whole_chain(size, stem, tiny, tmp_path, capsys):
+    folder = color(tmp_path / "cifar")
     flags = ["--quick", "--device", "cpu", "--data", str(folder)]
     flags += ["--image-size", str(size), "--stem", str(stem)]
-    assert train.main([*flags, "--name", "colour"]) == 0
+    assert train.main([*flags, "--name", "color"]) == 0
     assert " - " in capsys.readouterr().out  # no test images, no test accuracy
-    model, meta = checkpoint.load(tmp_path / "runs" / "colour" / "pruned_resnet18.pth")
+    model, meta = checkpoint.load(tmp_path / "runs" / "color" / "pruned_resnet18.pth")
     assert meta["parameters"] == 100_000 and not meta["grey"]
     assert (meta["image_size"], meta["stem"]) == (size, stem)
     assert all(model.conv1.weight[:, channel].any() for channel in range(3))
-    weights = str(tmp_path / "runs" / "colour" / "pruned_resnet18.pth")
+    weights = str(tmp_path / "runs" / "color" / "pruned_resnet18.pth")
     predictions = []
     for engine in ("sparse", "dense"):
         out = tmp_path / f"{engine}.csv"
@@ -138,7 +138,7 @@ def test_colour_images_through_the_whole_chain(size, stem, tiny, tmp_path, capsy
 
 
 def test_a_part_of_the_images_has_a_fifth_as_many_for_validation(tmp_path):
-    place = colour(tmp_path / "own", n=8, classes=3)
+    place = color(tmp_path / "own", n=8, classes=3)
     shutil.copytree(place / "train", place / "val")
     batches = distill.Batches(images=15)
     images, _ = train.prepare(data.find(place), batches, torch.device("cpu"))
@@ -149,7 +149,7 @@ def test_a_part_of_the_images_has_a_fifth_as_many_for_validation(tmp_path):
 @pytest.mark.parametrize(("n", "classes"), [(12, 2), (2, 100)])
 def test_few_and_many_classes(n, classes, tiny, tmp_path, capsys):
     """Even of two images of a class, one is held out for validation."""
-    folder = colour(tmp_path / "own", n, classes)
+    folder = color(tmp_path / "own", n, classes)
     flags = ["--quick", "--device", "cpu", "--data", str(folder), "--name", "own", "--no-flip"]
     assert train.main(flags) == 0
     _, meta = checkpoint.load(tmp_path / "runs" / "own" / "pruned_resnet18.pth")
@@ -485,7 +485,7 @@ def test_hidden_folders_are_skipped_and_links_followed_once(folder, tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5])
 def test_of_few_images_one_of_each_class_is_held_out(n, tmp_path):
-    source = data.find(colour(tmp_path / "few", n=n))
+    source = data.find(color(tmp_path / "few", n=n))
     if n == 1:
         with pytest.raises(data.DataError, match="no class has two images"):
             data.load_train(source, full_train=False)
@@ -495,12 +495,12 @@ def test_of_few_images_one_of_each_class_is_held_out(n, tmp_path):
     assert len(data.load_train(source, full_train=True)[0][1]) == 10 * n
 
 
-def test_grey_arrays_and_colour_files_on_one_picture(tmp_path):
+def test_grey_arrays_and_color_files_on_one_picture(tmp_path):
     weights, array = tmp_path / "plain.pth", tmp_path / "grey.npy"
     torch.save(models.build("resnet18", 3).state_dict(), weights)
     np.save(array, np.zeros((3, 28, 28), np.uint8))
     image = saved(tmp_path / "a.png", np.zeros((30, 20, 3), np.uint8))
-    flags = ["-w", str(weights), "--colour", "-o", str(tmp_path / "x.csv"), str(array), str(image)]
+    flags = ["-w", str(weights), "--color", "-o", str(tmp_path / "x.csv"), str(array), str(image)]
     assert predict.main([*flags, "--show", str(tmp_path / "sheet.png")]) == 0
     assert len(read_rows(tmp_path / "x.csv")) == 4
 
@@ -763,8 +763,10 @@ def test_the_weights_decide_the_order_of_the_classes(folder, predicted):
     assert len(rows) == 18 and f"test accuracy {hits / 18:.2%}" in printed
 
 
-def test_test_images_alone_may_lack_a_class(folder, predicted):
-    shutil.rmtree(folder / "train")
+@pytest.mark.parametrize("train_too", [True, False])
+def test_test_images_may_lack_a_class(train_too, folder, predicted):
+    if not train_too:
+        shutil.rmtree(folder / "train")
     shutil.rmtree(folder / "test" / "middle")
     rows, _, error = predicted(folder, ["left", "middle", "right"])
     assert len(rows) == 12 and "has no images of the classes middle" in error

@@ -72,7 +72,7 @@ def test_missing_images_and_devices(flags, capsys, tmp_path, monkeypatch):
     assert "absent" in fails([*flags, "--data", str(tmp_path / "absent")], capsys, tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [[], ["-w", "x", "--batch-size", "0"], ["-w", "x", "--color"]])
+@pytest.mark.parametrize("wrong", [[], ["-w", "x", "--batch-size", "0"], ["-w", "x", "--gray"]])
 def test_wrong_usage_is_argparses(wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         predict.main(wrong)
@@ -140,7 +140,7 @@ def test_plain_files_are_for_the_images_that_the_user_says(stem, tmp_path, capsy
     images = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     flags = ["-w", str(weights), "-o", str(out), str(tmp_path / "images.npy"), "--probs"]
-    said = ["--image-size", "32", "--colour", "--stem", str(stem)]
+    said = ["--image-size", "32", "--color", "--stem", str(stem)]
     assert predict.main([*flags, *said]) == 0
     assert capsys.readouterr().err == ""
     rows = list(csv.DictReader(io.StringIO(out.read_text())))
@@ -150,7 +150,8 @@ def test_plain_files_are_for_the_images_that_the_user_says(stem, tmp_path, capsy
     assert predict.main(flags) == 0
     guess = "" if stem == 4 else ", stem 1"
     assert capsys.readouterr().err == (
-        f"predict.py: {weights} does not say what images it is for: taken to be 28x28, grey{guess}"
+        f"predict.py: {weights} does not say what images it is for: taken to be 28x28, "
+        f"grayscale{guess}"
         "\n"
     )
 
@@ -158,8 +159,8 @@ def test_plain_files_are_for_the_images_that_the_user_says(stem, tmp_path, capsy
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (["--image-size", "32"], "--image-size 32, but it is for 28x28, grey images"),
-        (["--colour"], "--colour, but it is for"),
+        (["--image-size", "32"], "--image-size 32, but it is for 28x28, grayscale images"),
+        (["--color"], "--color, but it is for"),
         (["--stem", "2"], "its stem is 4, not 2"),
         (["--image-size", "4"], "possible are 8 to 512"),
     ],
@@ -237,7 +238,7 @@ def test_memory_is_bounded_by_what_comes_out(tmp_path, monkeypatch):
     monkeypatch.setattr(
         models, "infer", lambda m, x, *_: seen.append(x.nbytes) or torch.zeros(len(x), 3)
     )
-    flags = ["-w", str(weights), "-o", str(tmp_path / "x.csv"), "--colour", "--image-size", "256"]
+    flags = ["-w", str(weights), "-o", str(tmp_path / "x.csv"), "--color", "--image-size", "256"]
     assert predict.main([*flags, str(tmp_path / "images.npy")]) == 0
     assert len(seen) == 4 and max(seen) <= 2**20 and max(sizes) <= 2**20
 

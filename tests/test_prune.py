@@ -70,8 +70,8 @@ def test_ties_and_kept_zeros_do_not_miscount(live, levels):
 
 def test_weights_that_only_meet_padding_are_the_known_ones(resnet18):
     """6,946,816 of 11,166,912 convolution weights at 28x28; two thirds of conv1 if grey."""
-    colour = prune.all_reachable(resnet18, SIZE, grey=False)
-    dead = {name: int((~mask).sum()) for name, mask in colour.items() if not mask.all()}
+    color = prune.all_reachable(resnet18, SIZE, grey=False)
+    dead = {name: int((~mask).sum()) for name, mask in color.items() if not mask.all()}
     assert dead == {
         "layer4.0.conv1.weight": 512 * 256 * 5,
         "layer4.0.conv2.weight": 512 * 512 * 8,
@@ -81,7 +81,7 @@ def test_weights_that_only_meet_padding_are_the_known_ones(resnet18):
     assert sum(dead.values()) == 6_946_816
     grey = prune.all_reachable(resnet18, SIZE, grey=True)
     assert grey.pop("conv1.weight").sum() == 64 * 49
-    assert all(torch.equal(grey[name], colour[name]) for name in grey)
+    assert all(torch.equal(grey[name], color[name]) for name in grey)
 
 
 def test_useless_weights_change_no_output_and_useful_ones_do():
