@@ -208,7 +208,7 @@ def measure_inference(args: argparse.Namespace, device: torch.device) -> dict:
         rates = by_batch(medians(runs, peer=peer))
         rates = {OURS: rates.pop(OURS, {}), **rates} if device.type == "cpu" else rates
         show(f"{path.name}, images/s", rates)
-        multiply_adds = inference.SparseResNet(model, size).many.multiply_adds
+        multiply_adds = inference.SparseResNet(model, size).largest.multiply_adds
         figures["networks"][path.name] = {"multiply_adds": multiply_adds, "images/s": rates}
     print(f"\nfp32 matrix product: {figures['gflops']} GFLOP/s")
     return figures

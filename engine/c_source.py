@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from engine.plan import FeatureMap, Plan, Product
+from engine.plan import FeatureMap, Plan, Product, sparse_copy
 
 POSITIONS = 16  # of a vector; a compiler may split it
 SUMS = 6  # vectors at a time, about as many as fit the registers
@@ -47,7 +47,8 @@ class CSource:
         notes: Sequence[str] = (),
         file: str = "",
     ):
-        self.plan = Plan(model, image_size, 1 if grey else 3, images=1, positions=POSITIONS)
+        network = sparse_copy(model, grey)
+        self.plan = Plan(network, image_size, images=1, positions=POSITIONS)
         count = self.plan.logits.channels
         self.classes = [*classes] or [str(n) for n in range(count)]
         if len(self.classes) != count:
@@ -305,15 +306,16 @@ static void $f(int channels, int add, float lowest,
 def _copy(source: FeatureMap, target: FeatureMap) -> list[str]:
     """A function that sorts the pixels of each channel by their remainders modulo a stride."""
     p, side, channels = target.phases, source.side, source.channels
+    whole = source.size + 2 * source.border  # beyond a row: the border of the next
     return [
-        f"/* {channels} x {side} x {side}: every {p}th pixel of every {p}th row together. */",
+        f"/* {channels} x {whole} x {whole}: every {p}th pixel of every {p}th row together. */",
         "static void $f(const float *x, float *y)",
         "{",
         f"    for (int c = 0; c < {channels}; c++, x += {source.stride})",
         f"        for (int i = 0; i < {p}; i++)",
         f"            for (int j = 0; j < {p}; j++, y += {target.side**2})",
-        f"                for (int v = 0; {p} * v + i < {side}; v++)",
-        f"                    for (int u = 0; {p} * u + j < {side}; u++)",
+        f"                for (int v = 0; {p} * v + i < {whole}; v++)",
+        f"                    for (int u = 0; {p} * u + j < {whole}; u++)",
         f"                        y[{target.side} * v + u] =",
         f"                            x[({p} * v + i) * {side} + {p} * u + j];",
         "}",
@@ -323,16 +325,17 @@ def _copy(source: FeatureMap, target: FeatureMap) -> list[str]:
 def _pool(p: Product) -> list[str]:
     """A function for the max-pool of one channel, whose border and smallest value are zero."""
     size, side, kernel, stride = p.pooled.size, p.target.side, p.pool.kernel_size, p.pool.stride
+    whole = p.target.size + 2 * p.target.border
     return [
         f"/* The largest of each {kernel} x {kernel}, {stride} apart. */",
         "static void $f(const float *x, float *y)",
         "{",
         f"    y += {p.pooled.at(0, 0)};",
         f"    for (int v = 0; v < {size}; v++, x += {stride * side}, y += {p.pooled.side}) {{",
-        f"        float rows[{side}];",
-        f"        memcpy(rows, x, {side} * sizeof *rows);",
+        f"        float rows[{whole}];",
+        f"        memcpy(rows, x, {whole} * sizeof *rows);",
         f"        for (int i = 1; i < {kernel}; i++)",
-        f"            for (int j = 0; j < {side}; j++)",
+        f"            for (int j = 0; j < {whole}; j++)",
         f"                rows[j] = x[{side} * i + j] > rows[j] ? x[{side} * i + j] : rows[j];",
         f"        for (int u = 0; u < {size}; u++) {{",
         f"            y[u] = rows[{stride} * u];",

@@ -7,12 +7,14 @@ A vector register holds one value of 16 images (8 without AVX-512): a multiply-a
 serves them all, and no index is looked up per image. Each convolution is one loop over its non-zero
 weights, output channel by output channel. The sums of the output channel, at up to 28 positions,
 stay in registers while each weight adds its multiple of a shifted input feature map, whose offset
-is read once for all positions. For small batches a register holds 16 neighboring positions of one
-image instead. The code (llvm_source.py) is written and compiled when an engine of its shape is
-first called, which takes 0.2 to 0.4 s.
+is read once for all positions. For small batches a register holds 8 values instead: several
+neighboring positions of fewer images, so that each thread has a tile. The code (llvm_source.py) is
+written and compiled when an engine of its shape is first called with such a batch, which takes 0.2
+to 0.7 s.
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from engine import llvm_source
+from engine import llvm_source, plan
 from engine.plan import Plan
 from engine.threads import share_tiles
 
@@ -66,19 +68,18 @@ class SparseResNet(nn.Module):
 
     def __init__(self, model: nn.Module, image_size: int, grey: bool | None = None):
         super().__init__()
-        lanes, _ = llvm_source.host()
         if grey is None:
             grey = not model.conv1.weight[:, 1:].any()
-        size = image_size, 1 if grey else 3
-        self.many = Plan(model, *size, images=lanes, positions=1)
-        self.few = Plan(model, *size, images=1, positions=lanes, reuse=False)
+        self._plan = functools.partial(Plan, plan.sparse_copy(model, grey), image_size)
+        self.lanes, _ = llvm_source.host()
+        self.largest = self._plan(images=self.lanes, positions=1)
         self._prepare()
         self.eval()
 
     def _prepare(self) -> None:
         """Set what belongs to this machine and process, and is neither copied nor pickled."""
         self.values = nn.ParameterList(
-            nn.Parameter(product.values, requires_grad=False) for product in self.many.products
+            nn.Parameter(product.values, requires_grad=False) for product in self.largest.products
         )
         self.threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.threads)  # its threads sleep while they wait
@@ -98,12 +99,11 @@ class SparseResNet(nn.Module):
 
         Raises ValueError for images of another shape or dtype.
         """
-        n, size = len(images), self.many.image.size
+        n, size = len(images), self.largest.image.size
         if images.shape[1:] != (3, size, size) or images.dtype != torch.float32:
             raise ValueError(f"expected float32 (N, 3, {size}, {size}), got {tuple(images.shape)}")
-        logits = torch.empty(n, self.many.logits.channels)
-        plan = self.few if 4 * n <= 3 * self.many.images else self.many  # measured: as fast at 12
-        runner = self._runner(plan)
+        logits = torch.empty(n, self.largest.logits.channels)
+        runner = self._runner(self._tile_size(n))
         arguments = images.data_ptr(), n, *images.stride(), logits.data_ptr()
 
         def run(tiles: Iterator[int], thread: int) -> None:
@@ -111,11 +111,23 @@ class SparseResNet(nn.Module):
                 for tile in tiles:
                     runner.run(*arguments, memory, tile)
 
-        share_tiles(self._pool, self.threads, -(-n // plan.images), run)
+        share_tiles(self._pool, self.threads, -(-n // runner.plan.images), run)
         return logits
 
-    def _runner(self, plan: Plan) -> _TileRunner:
+    def _tile_size(self, n: int) -> int:
+        """Images of a tile, a power of two, at most `lanes`: small enough that `n` images are a
+        tile for each thread."""
+        share = -(-n // self.threads)
+        return min(self.lanes, 1 << max(0, share - 1).bit_length())
+
+    def _runner(self, images: int) -> _TileRunner:
         with self._compiling:
-            if plan.images not in self._runners:
-                self._runners[plan.images] = _TileRunner(plan)
-            return self._runners[plan.images]
+            if images not in self._runners:
+                tiles = self.largest
+                if images < self.lanes:
+                    # Positions of several images start anywhere in a cache line. Vectors of 16
+                    # would often take two.
+                    positions = max(1, min(self.lanes, 8) // images)
+                    tiles = self._plan(images=images, positions=positions, reuse=images > 1)
+                self._runners[images] = _TileRunner(tiles)
+            return self._runners[images]

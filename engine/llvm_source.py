@@ -6,6 +6,7 @@ whose addresses are arguments: so each shape is compiled once. A vector register
 cells; a cell holds one value of each image of a tile.
 """
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from ctypes import CFUNCTYPE, c_int64, c_void_p
@@ -15,7 +16,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from engine.plan import FeatureMap, Plan, Product
+from engine.plan import FeatureMap, Plan, Product, Vector
 
 F32, I32, I64, PTR, VOID = (
     ir.FloatType(),
@@ -138,22 +139,32 @@ class Code:
         pooled: ir.Value,
         tables: ir.Value,
     ) -> None:
-        starts, offsets, values, biases = (self._table(b, tables, n) for n in range(4))
+        starts, offsets, values, biases, parts = (self._table(b, tables, n) for n in range(5))
         images, widest = self.images, max(v.cells[-1] + 1 for v in p.vectors)
         width = 1 << (widest - 1).bit_length()  # of a vector, in cells
         vector = ir.VectorType(F32, width * images)
         multiply_add = self._multiply_add(vector)
-        zero = ir.Constant(vector, [0.0] * vector.count)
+        zero, lowest = (ir.Constant(vector, [value] * vector.count) for value in (0.0, -math.inf))
         pieces = -(-len(p.vectors) // (self.sums // p.unroll))
         size = -(-len(p.vectors) // pieces)
+        pieces = [p.vectors[i : i + size] for i in range(0, len(p.vectors), size)]
+        rows = I64(len(p.bias))
 
-        def row(o: ir.Value) -> None:
-            start, stop = (self._integer(b, starts, b.add(o, I64(i))) for i in (0, 1))
+        def row(n: ir.Value, o: ir.Value, pieces: list, first=None, last=None) -> None:
+            """Row n of the weights, for channel o; `first` and `last`: of the parts, or None."""
+            start, stop = (self._integer(b, starts, b.add(n, I64(i))) for i in (0, 1))
             stride = 0 if p.pool else p.target.stride
             target = self._at(b, targets, b.mul(o, I64(stride)))
             bias = self._splat(b, self._float(b, biases, o), vector)
-            for begin in range(0, len(p.vectors), size):
-                piece = p.vectors[begin : begin + size]
+
+            def start_at(v: Vector) -> ir.Value:
+                if not p.add and first is None:
+                    return bias
+                before = self._load(b, target, v.write, vector)
+                total = b.fadd(bias, before) if p.add else bias
+                return total if first is None else b.select(first, total, before)
+
+            for piece in pieces:
 
                 def add_weight(k: ir.Value, *sums: ir.Value, piece=piece) -> list[ir.Value]:
                     new = []
@@ -166,17 +177,14 @@ class Code:
                             new.append(b.call(multiply_add, [x, value, sums[len(new)]]))
                     return new
 
-                sums = [
-                    b.fadd(bias, self._load(b, target, v.write, vector)) if p.add else bias
-                    for v in piece
-                ]
-                sums += [zero] * (len(piece) * (p.unroll - 1))
+                sums = [start_at(v) for v in piece] + [zero] * (len(piece) * (p.unroll - 1))
                 sums = for_range(b, start, stop, p.unroll, add_weight, sums)
+                floor = zero if last is None else b.select(last, zero, lowest)
                 for i, v in enumerate(piece):
                     total = sums[i]
                     for other in sums[i + len(piece) :: len(piece)]:
                         total = b.fadd(total, other)
-                    total = self._max(b, zero, total) if p.relu else total
+                    total = self._max(b, floor, total) if p.relu else total
                     if len(v.cells) < width:  # the border stays zero
                         kept = [cell in v.cells for cell in range(width) for _ in range(images)]
                         mask = ir.Constant(ir.VectorType(ir.IntType(1), vector.count), kept)
@@ -190,14 +198,32 @@ class Code:
                         best = self._max(b, best, other)
                     self._store(b, best, to, p.pooled.at(*divmod(n, p.pooled.size)))
 
-        for_range(b, I64(0), I64(len(p.bias)), 1, row)
+        def part(n: ir.Value, count: ir.Value, piece: tuple) -> None:
+            ends = (b.icmp_signed("==", n, end) for end in (I64(0), b.sub(count, I64(1))))
+            begin, (first, last) = b.mul(n, rows), ends
+            for_range(b, I64(0), rows, 1, lambda o: row(b.add(begin, o), o, [piece], first, last))
+
+        if p.split:
+            count = self._integer(b, parts, I64(0))
+            for piece in pieces:
+                for_range(b, I64(0), count, 1, lambda n, piece=piece: part(n, count, piece))
+        else:
+            for_range(b, I64(0), rows, 1, lambda o: row(o, o, pieces))
 
     def _clear(self, b: ir.IRBuilder, scratch: ir.Value, maps: Sequence[FeatureMap]) -> None:
-        byte, bit = ir.IntType(8), ir.IntType(1)
-        memset = self._intrinsic("llvm.memset.p0.i64", VOID, PTR, byte, I64, bit)
+        """Zeros in the borders."""
+        zero = ir.Constant(self.cell, [0.0] * self.images)
         for m in maps:
-            size = I64(4 * self.images * m.cells)
-            b.call(memset, [self._at(b, scratch, m.base), byte(0), size, bit(0)])
+            after = range(m.channels * m.stride, m.cells)
+
+            def channel(c: ir.Value, m=m) -> None:
+                start = self._at(b, scratch, b.add(b.mul(c, I64(m.stride)), I64(m.base)))
+                for place in m.zeros:
+                    self._store(b, zero, start, place)
+
+            for_range(b, I64(0), I64(m.channels), 1, channel)
+            for place in after:
+                self._store(b, zero, scratch, m.base + place)
 
     def _max(self, b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
         """The larger; `y` if one of them is NaN. One instruction in this form alone."""

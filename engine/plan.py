@@ -9,7 +9,7 @@ that see only padding are left out, identical input channels are merged.
 import copy
 import itertools
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,11 @@ from engine import layers, rewrite
 
 MAX_IMAGE_SIZE = 64  # pixels a side of the images for `inference.py`, whose code has every position
 MAX_DENSITY = 1 / 4  # of the weights that can matter; above it, dense products are as fast
+# A part of the input channels is to stay in the L1 cache, 32 or 48 kB, while all rows add its
+# weights. Each part reads and writes the sums once more, so a row must have some weights in it.
+L1_BYTES = 40_000
+PART_WEIGHTS = 10
+PIECE = 28  # positions at a time, with 32 registers
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,10 @@ class FeatureMap:
     """Activations of a tile of images: (channels, phases, phases, side, side) with a zero border.
 
     A convolution of stride s reads every s-th pixel. These are neighbors if there are s phases:
-    phase (i, j) has every s-th pixel of every s-th row, from row i and pixel j on. Offsets are
-    counted in cells; a cell holds one value of each image of the tile.
+    phase (i, j) has every s-th pixel of every s-th row, from row i and pixel j on. Without phases a
+    border is shared: that to the right of a row is that to the left of the next, and that below a
+    channel is that above the next. Offsets are counted in cells; a cell holds one value of each
+    image of the tile.
     """
 
     base: int  # offset in the scratch memory; until all are known, a number
@@ -39,7 +46,8 @@ class FeatureMap:
 
     @property
     def side(self) -> int:
-        return -(-(self.size + 2 * self.border) // self.phases)
+        borders = 1 if self.phases == 1 else 2
+        return -(-(self.size + borders * self.border) // self.phases)
 
     @property
     def stride(self) -> int:
@@ -48,7 +56,14 @@ class FeatureMap:
 
     @property
     def cells(self) -> int:
-        return self.channels * self.stride
+        after = self.border * (self.side + 1) if self.phases == 1 else 0  # the last channel
+        return self.channels * self.stride + after
+
+    @property
+    def zeros(self) -> list[int]:
+        """Offsets of the border of a channel, which is above it and to its left."""
+        pixels = itertools.product(range(self.size), repeat=2)
+        return sorted({*range(self.stride)} - {self.at(*pixel) for pixel in pixels})
 
     def at(self, y: int, x: int) -> int:
         """Offset of a pixel in its channel; the border has negative coordinates."""
@@ -69,15 +84,16 @@ class Product:
     """target[o, write] (+)= bias[o] + sum over the weights w of row o: w * source[offset + read].
 
     Rows are output channels. `starts`, `offsets` and `values` are their non-zero weights, as in a
-    CSR matrix. With `pool`, all rows share the one channel of `target`, and the max-pool writes
-    each to `pooled`. With `copy`, the weights are an identity, and only the layout changes.
+    CSR matrix: one for each part of the input channels, one after the other. With `pool`, all rows
+    share the one channel of `target`, and the max-pool writes each to `pooled`. With `copy`, the
+    weights are an identity, and only the layout changes.
     """
 
     name: str  # of the layer
     source: FeatureMap
     target: FeatureMap
     vectors: tuple[Vector, ...]
-    starts: Tensor  # int32 (rows + 1,)
+    starts: Tensor  # int32 (parts * rows + 1,)
     offsets: Tensor  # int32 (weights,)
     values: Tensor  # float32 (weights,)
     bias: Tensor  # float32 (rows,)
@@ -88,15 +104,24 @@ class Product:
     copy: bool = False
     unroll: int = 1  # weights at a time; rows are padded with zeros
 
+    parts: Tensor = field(init=False)  # int32 (1,): how many
+
+    def __post_init__(self):
+        self.parts = torch.tensor([len(self.starts) // len(self.bias)], dtype=torch.int32)
+
     @property
     def tables(self) -> tuple[Tensor, ...]:
         """All that differs between networks of one shape."""
-        return self.starts, self.offsets, self.values, self.bias
+        return self.starts, self.offsets, self.values, self.bias, self.parts
+
+    @property
+    def split(self) -> bool:
+        return int(self.parts) > 1
 
     @property
     def shape(self) -> tuple:
         """All that its code depends on, except where the feature maps are."""
-        options = self.add, self.relu, self.unroll, self.pool, self.pooled
+        options = self.add, self.relu, self.unroll, self.pool, self.pooled, self.split
         return len(self.bias), self.vectors, self.target.stride, *options
 
 
@@ -125,29 +150,40 @@ def product(
     target: FeatureMap,
     stride: int,
     padding: int,
+    images: int = 1,
     positions: int = 1,
     **options,
 ) -> Product:
-    """A convolution with `weight` (O, C, K, K) and `bias` (O,) from `source` to `target`, in
-    vectors of at most `positions` positions; `options` are fields of Product."""
+    """A convolution with `weight` (O, C, K, K), dense or sparse, and `bias` (O,) from `source` to
+    `target`, for tiles of `images` images, in vectors of at most `positions` positions; `options`
+    are fields of Product."""
     vectors = _vectors(source, target, stride // source.phases, positions)
     # With few vectors a register would wait for its own last sum: several sums take turns.
     unroll = 4 if len(vectors) == 1 else 2 if len(vectors) <= 4 else 1
     kernel = weight.shape[-1]
     live = layers.live_positions(source.size, kernel, stride, padding)
-    used = torch.zeros_like(weight)
-    used[..., live, live] = weight[..., live, live]
-    o, c, ky, kx = used.nonzero(as_tuple=True)
-    counts = torch.bincount(o, minlength=len(weight))
+    weight = weight.to_sparse().coalesce()
+    seen = (weight.indices()[2:] >= live.start) & (weight.indices()[2:] < live.stop)
+    (o, c, ky, kx), used = weight.indices()[:, seen.all(0)], weight.values()[seen.all(0)]
+    parts = 1
+    if images > 1 and "pool" not in options:
+        rows = -(-PIECE // target.size)  # of the output's pixels, computed together
+        lines = min((rows - 1) * stride + kernel, source.side)  # of the input's, read for them
+        size = 4 * images * len(c.unique()) * lines * source.side
+        parts = max(1, min(round(size / L1_BYTES), len(o) // (PART_WEIGHTS * len(weight))))
+    part = (c.bincount().cumsum(0)[c] - 1) * parts // max(len(c), 1)  # of about equal weights
+    row, order = (part * len(weight) + o).sort(stable=True)
+    o, c, ky, kx, used = (x[order] for x in (o, c, ky, kx, used))
+    counts = torch.bincount(row, minlength=parts * len(weight))
     starts = torch.cat([torch.zeros(1).long(), (-(-counts // unroll) * unroll).cumsum(0)])
-    place = starts[o] + torch.arange(len(o)) - (counts.cumsum(0) - counts)[o]
+    place = starts[row] + torch.arange(len(o)) - (counts.cumsum(0) - counts)[row]
     span = range(kernel)
     within = torch.tensor([[source.at(y - padding, x - padding) for x in span] for y in span])
     # Weights that pad a row are zero, and read a position that exists.
     offsets = within[live, live][0, 0].repeat(int(starts[-1]))
     offsets[place] = c * source.stride + within[ky, kx]
     values = torch.zeros(len(offsets))
-    values[place] = used[o, c, ky, kx]
+    values[place] = used
     rows = starts.int(), offsets.int(), values, bias.clone()
     return Product(name, source, target, vectors, *rows, unroll=unroll, **options)
 
@@ -168,11 +204,25 @@ def sparse_is_faster(model: nn.Module, image_size: int, device: torch.device) ->
     return sum(int(w.count_nonzero()) for w in prune.weights(model).values()) < MAX_DENSITY * live
 
 
-class Plan:
-    """A torchvision ResNet as a list of products, and the memory that they work in.
+def sparse_copy(model: nn.Module, grey: bool) -> nn.Module:
+    """The network that plans are made from: `model` with BatchNorm folded and sparse weights of the
+    convolutions, for images of one channel or of three."""
+    network = rewrite.fold_batchnorm(model).cpu().float().requires_grad_(False)
+    if grey:  # three equal channels are one, with the sum of their weights
+        conv = network.conv1
+        rewrite.replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
+    for layer in layers.layers(network):
+        weight = layer.conv.weight.detach().to_sparse()
+        del layer.conv.weight  # of a sparse nn.Parameter there is no deepcopy
+        layer.conv.weight = weight
+    return network
 
-    A tile has `images` images of `channels` channels, 1 or 3. A vector holds one value of each
-    image at up to `positions` positions.
+
+class Plan:
+    """A network from `sparse_copy` as a list of products, and the memory that they work in.
+
+    A tile has `images` images. A vector holds one value of each image at up to `positions`
+    positions.
 
     With `reuse`, later feature maps overwrite earlier ones, and their borders must be cleared:
     `cleared[0]` before the image is written, `cleared[n]` before the n-th product. Without, only
@@ -181,32 +231,29 @@ class Plan:
 
     def __init__(
         self,
-        model: nn.Module,
+        network: nn.Module,
         image_size: int,
-        channels: int,
         images: int,
         positions: int,
         reuse: bool = True,
     ):
-        model = rewrite.fold_batchnorm(model).cpu().float().requires_grad_(False)
-        if channels == 1:  # three equal channels are one, with the sum of their weights
-            conv = model.conv1
-            rewrite.replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
         self.images, self.positions = images, positions
         self.products: list[Product] = []
         self._maps = 0
-        phases = model.conv1.stride[0] if positions > 1 else 1
-        self.image = self._map(channels, image_size, model.conv1.padding[0], phases)
+        phases = network.conv1.stride[0] if positions > 1 else 1
+        self.image = self._map(
+            network.conv1.in_channels, image_size, network.conv1.padding[0], phases
+        )
         pixels = itertools.product(range(image_size), repeat=2)
         self.pixels = torch.tensor([self.image.at(*p) for p in pixels], dtype=torch.int32)
         maps, copies = {0: self.image}, {}
-        for layer in layers.layers(model):
+        for layer in layers.layers(network):
             maps[layer.writes] = self._layer(layer, maps, copies)
             x = maps[layer.writes]
         # The classifier takes the mean over the last feature map: each pixel has its share.
-        weight = model.fc.weight[:, :, None, None].expand(-1, -1, x.size, x.size) / x.size**2
+        weight = network.fc.weight[:, :, None, None].expand(-1, -1, x.size, x.size) / x.size**2
         self.logits = self._map(len(weight), 1, 0)
-        self._product("fc", weight, model.fc.bias, x, self.logits, 1, 0)
+        self._product("fc", weight, network.fc.bias, x, self.logits, 1, 0)
         self._place(reuse)
 
     @property
@@ -230,7 +277,8 @@ class Plan:
         return FeatureMap(self._maps, channels, size, border, phases)
 
     def _product(self, *arguments, **options) -> None:
-        self.products.append(product(*arguments, positions=self.positions, **options))
+        options |= {"images": self.images, "positions": self.positions}
+        self.products.append(product(*arguments, **options))
 
     def _layer(
         self, layer: layers.Layer, maps: dict[int, FeatureMap], copies: dict[int, FeatureMap]

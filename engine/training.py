@@ -81,8 +81,8 @@ class SparseLayer:
         self.windows = None if layer.pool is None else _windows(layer.pool, self.size_out)
         longest = int(self.products[0].starts.diff().max())  # weights of an output channel
         self.scratch = {
-            "padded": self.padded.channels * self.padded.stride * images,
-            "spread": self.spread.channels * self.spread.stride * images,
+            "padded": self.padded.cells * images,
+            "spread": self.spread.cells * images,
             "row": longest * images,
         }
 

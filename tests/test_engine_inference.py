@@ -34,10 +34,24 @@ def prune_to(model, budget, size=28):
     return model.eval()
 
 
-@pytest.mark.parametrize("n", [1, 5, 12, 13, 33, 250])
-def test_the_shipped_network_in_batches_of_all_sizes(n):
+@pytest.mark.parametrize("n, tile", [(1, 1), (3, 2), (7, 4), (16, 8), (17, 16), (250, 16)])
+def test_the_shipped_network_in_batches_of_all_sizes(n, tile):
     model, _ = checkpoint.load(WEIGHTS)
-    assert differs(inference.SparseResNet(model, 28), model, images(n)) < 1e-4
+    engine = inference.SparseResNet(model, 28)
+    engine.threads = 2
+    assert differs(engine, model, images(n)) < 1e-4
+    assert min(tile, engine.lanes) in engine._runners
+
+
+def test_parts_of_the_input_channels_are_added_up(pruned, monkeypatch):
+    x, logits = images(40), []
+    for l1_bytes, split in ((1e12, False), (plan.L1_BYTES, True), (5_000, True)):
+        monkeypatch.setattr(plan, "L1_BYTES", l1_bytes)
+        engine = inference.SparseResNet(pruned, 28)
+        assert any(product.split for product in engine.largest.products) == split
+        logits.append(engine(x))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[2], logits[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("budget", [10_970, 1_000_000])
@@ -60,12 +74,12 @@ def test_all_channels_of_a_color_network_are_read(narrow_resnet18):
     with torch.no_grad():
         model.conv1.weight[:, 1:] = 0
     engine, x = inference.SparseResNet(model, 32), torch.randn(17, 3, 32, 32)
-    assert engine.many.image.channels == 1
+    assert engine.largest.image.channels == 1
     assert differs(engine, copy.deepcopy(model), x) < 1e-4
     with torch.no_grad():
         model.conv1.weight[3, 2, 1, 1] = 0.5
     engine = inference.SparseResNet(model, 32)
-    assert engine.many.image.channels == 3
+    assert engine.largest.image.channels == 3
     assert differs(engine, model, x) < 1e-4
 
 
@@ -133,7 +147,8 @@ def test_multiply_adds_are_weights_times_positions():
             module.register_forward_hook(count)
     with torch.inference_mode():
         model(images(1))
-    assert plan.Plan(model, 28, 1, 16, 1).multiply_adds == sum(counted)
+    network = plan.sparse_copy(model, grey=True)
+    assert plan.Plan(network, 28, 16, 1).multiply_adds == sum(counted)
 
 
 def test_threads_that_share_an_engine_get_what_one_gets():
@@ -184,7 +199,8 @@ def test_a_pixel_that_is_not_finite_makes_nan_of_its_image_only(n, pixel):
 
 def test_feature_maps_share_memory_whose_borders_are_cleared(narrow_resnet18, monkeypatch):
     model = prune_to(narrow_resnet18, 50_000)
-    shared, alone = (plan.Plan(model, 28, 1, 16, 1, reuse) for reuse in (True, False))
+    network = plan.sparse_copy(model, grey=True)
+    shared, alone = (plan.Plan(network, 28, 16, 1, reuse) for reuse in (True, False))
     assert shared.cells < 0.7 * alone.cells
     assert any(shared.cleared) and not any(alone.cleared)
     engine, x = inference.SparseResNet(model, 28), images(40)
@@ -192,6 +208,6 @@ def test_feature_maps_share_memory_whose_borders_are_cleared(narrow_resnet18, mo
     assert torch.equal(engine(x), expected)
     assert differs(engine, copy.deepcopy(model), x) < 1e-4
     engine = inference.SparseResNet(model, 28)
-    engine.many.cleared = [[] for _ in shared.cleared]
+    engine.largest.cleared = [[] for _ in shared.cleared]
     monkeypatch.setattr(llvm_source, "_cache", {})
     assert differs(engine, model, x) > 1e-2
