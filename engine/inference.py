@@ -13,48 +13,48 @@ written and compiled when an engine of its shape is first called with such a bat
 to 0.7 s.
 """
 
-import contextlib
 import functools
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
 from engine import llvm_source, plan
 from engine.plan import Plan
-from engine.threads import share_tiles
+from engine.threads import Argument, address, share_tiles
 
 
 class _TileRunner:
-    """The machine code of a plan, and a scratch memory for each thread that is running it."""
+    """The machine code of a plan, and scratch memory for each call that is running it."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan  # holds the tensors that the code reads
+    def __init__(self, plan: Plan, threads: int):
+        self.plan, self.threads = plan, threads  # the plan holds the tensors that the code reads
         self._addresses = llvm_source.addresses(plan.tables)
-        self._run = llvm_source.compile_once(plan.shape, self._write)["run"]
+        self._code = llvm_source.compile_once(plan.shape, self._write)["run"]
+        # The last vector may reach beyond the last cell. Borders are zero and stay zero.
+        self._floats = (plan.cells + plan.positions) * plan.images
         self._idle: list[Tensor] = []
 
     def _write(self) -> tuple[llvm_source.Code, dict]:
         code = llvm_source.PlanCode(self.plan)
         return code, {"run": code.run}
 
-    def run(self, *arguments: int) -> None:
-        """Compute one tile; arguments as of PlanCode's `run`, without the tables."""
-        self._run(*arguments, self._addresses.data_ptr())
-
-    @contextlib.contextmanager
-    def scratch(self) -> Iterator[int]:
-        """The address of a scratch memory that no other thread uses meanwhile."""
+    def run(self, images: Tensor, logits: Tensor) -> None:
+        """Write the logits of all images."""
         try:
-            memory = self._idle.pop()
+            scratch = self._idle.pop()
         except IndexError:
-            # The last vector may reach beyond the last cell. Borders are zero and stay zero.
-            floats = (self.plan.cells + self.plan.positions) * self.plan.images
-            memory = torch.zeros(floats)
-        yield memory.data_ptr()
-        self._idle.append(memory)
+            scratch = torch.zeros(self.threads, self._floats)
+        n = len(images)
+        numbers = images.data_ptr(), n, *images.stride(), logits.data_ptr()
+        arguments = [
+            *map(Argument, numbers),
+            Argument(scratch.data_ptr(), per_thread=4 * self._floats),
+            Argument(0, per_tile=1),
+            Argument(self._addresses.data_ptr()),
+        ]
+        share_tiles(self.threads, -(-n // self.plan.images), address(self._code), arguments)
+        self._idle.append(scratch)
 
 
 class SparseResNet(nn.Module):
@@ -82,12 +82,11 @@ class SparseResNet(nn.Module):
             nn.Parameter(product.values, requires_grad=False) for product in self.largest.products
         )
         self.threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self.threads)  # its threads sleep while they wait
         self._runners: dict[int, _TileRunner] = {}
         self._compiling = threading.Lock()
 
     def __getstate__(self) -> dict:
-        own = ("_pool", "_runners", "_compiling")
+        own = ("_runners", "_compiling")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict) -> None:
@@ -103,15 +102,7 @@ class SparseResNet(nn.Module):
         if images.shape[1:] != (3, size, size) or images.dtype != torch.float32:
             raise ValueError(f"expected float32 (N, 3, {size}, {size}), got {tuple(images.shape)}")
         logits = torch.empty(n, self.largest.logits.channels)
-        runner = self._runner(self._tile_size(n))
-        arguments = images.data_ptr(), n, *images.stride(), logits.data_ptr()
-
-        def run(tiles: Iterator[int], thread: int) -> None:
-            with runner.scratch() as memory:
-                for tile in tiles:
-                    runner.run(*arguments, memory, tile)
-
-        share_tiles(self._pool, self.threads, -(-n // runner.plan.images), run)
+        self._runner(self._tile_size(n)).run(images, logits)
         return logits
 
     def _tile_size(self, n: int) -> int:
@@ -129,5 +120,5 @@ class SparseResNet(nn.Module):
                     # would often take two.
                     positions = max(1, min(self.lanes, 8) // images)
                     tiles = self._plan(images=images, positions=positions, reuse=images > 1)
-                self._runners[images] = _TileRunner(tiles)
+                self._runners[images] = _TileRunner(tiles, self.threads)
             return self._runners[images]

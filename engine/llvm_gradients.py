@@ -44,7 +44,7 @@ class TrainingCode(Code):
 
     def _total(self, b: ir.IRBuilder, value: ir.Value, base: ir.Value, index: ir.Value) -> ir.Value:
         """base[index] = the sum of `value` over the images."""
-        add_up = self._intrinsic(f"llvm.vector.reduce.fadd.v{self.images}f32", F32, F32, self.cell)
+        add_up = self.intrinsic(f"llvm.vector.reduce.fadd.v{self.images}f32", F32, F32, self.cell)
         total = b.call(add_up, [F32(0.0), value], fastmath=("reassoc",))
         b.store(total, b.gep(base, [index], source_etype=F32))
         return total

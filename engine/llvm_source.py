@@ -104,13 +104,13 @@ class Code:
         zeros = ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count)
         return b.shuffle_vector(one, undefined, zeros)
 
-    def _intrinsic(self, name: str, result: ir.Type, *arguments: ir.Type) -> ir.Function:
+    def intrinsic(self, name: str, result: ir.Type, *arguments: ir.Type) -> ir.Function:
         return self.module.globals.get(name) or ir.Function(
             self.module, ir.FunctionType(result, arguments), name
         )
 
     def _multiply_add(self, vector: ir.VectorType) -> ir.Function:
-        return self._intrinsic(f"llvm.fmuladd.v{vector.count}f32", vector, *[vector] * 3)
+        return self.intrinsic(f"llvm.fmuladd.v{vector.count}f32", vector, *[vector] * 3)
 
     def after(self, b: ir.IRBuilder, tables: ir.Value, n: int) -> ir.Value:
         """The tables after the first `n`."""

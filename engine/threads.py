@@ -1,20 +1,235 @@
-"""A batch's tiles shared out to threads."""
+"""A batch's tiles shared out to threads, by machine code.
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+To wake a sleeping thread takes as long as the network takes for four images, and so does handing
+over Python's lock. So a thread takes one tile after the other without Python, and looks for more
+work for 0.1 ms before it sleeps.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from engine import llvm_source
+from engine.llvm_source import I32, I64, PTR, VOID
+
+SPINS = 3_000  # looks for work before a thread sleeps
+IDLE, POSTED, RUNNING = range(3)  # states of a worker
+STATE, SHARE, JOB, THREAD = range(4)  # int64 of a worker
+FUNCTION, NEXT, TILES, ARGUMENTS = range(4)  # int64 of a job
 
 
-def share_tiles(
-    pool: ThreadPoolExecutor, threads: int, tiles: int, work: Callable[[Iterator[int], int], None]
-) -> None:
-    """Call work(tiles, thread) in up to `threads` threads, of which the caller's is number 0.
+class Argument(NamedTuple):
+    """Of a function for one tile: first + tile * per_tile + thread * per_thread."""
 
-    The iterator over range(tiles) is shared: a thread that is slowed down leaves its tiles to
-    others. Raises what `work` raises.
-    """
-    remaining = iter(range(tiles))
-    others = [pool.submit(work, remaining, n) for n in range(1, min(threads, tiles))]
-    work(remaining, 0)
-    for other in others:
-        if not other.cancel():  # not begun: the pool is busy with another call
-            other.result()
+    first: int
+    per_tile: int = 0
+    per_thread: int = 0
+
+
+# --- machine code -------------------------------------------------------------------------------
+
+
+def _field(b: ir.IRBuilder, base: ir.Value, index: int) -> ir.Value:
+    return b.gep(base, [I64(index)], source_etype=I64)
+
+
+def _number(b: ir.IRBuilder, base: ir.Value, index: int) -> ir.Value:
+    return b.load(_field(b, base, index), typ=I64)
+
+
+def _call(b: ir.IRBuilder, address: ir.Value, arguments: Sequence[ir.Value]) -> None:
+    kind = ir.FunctionType(VOID, [argument.type for argument in arguments])
+    b.call(b.inttoptr(address, kind.as_pointer()), arguments)
+
+
+def _write_share(count: int) -> tuple[llvm_source.Code, dict[str, ir.Function]]:
+    """void share(job, thread): call the job's function of `count` arguments for tiles that no other
+    thread has taken, until there are none."""
+    code = llvm_source.Code(1)
+    function, b = code.function("share", [PTR, I64])
+    job, thread = function.args
+    head, body, end = (b.append_basic_block() for _ in range(3))
+    b.branch(head)
+    b.position_at_end(head)
+    tile = b.atomic_rmw("add", _field(b, job, NEXT), I64(1), "monotonic")
+    b.cbranch(b.icmp_signed("<", tile, _number(b, job, TILES)), body, end)
+    b.position_at_end(body)
+    arguments = []
+    for n in range(count):
+        first, *steps = (_number(b, job, ARGUMENTS + 3 * n + i) for i in range(3))
+        for step, times in zip(steps, (tile, thread), strict=True):
+            first = b.add(first, b.mul(step, times))
+        arguments.append(first)
+    _call(b, _number(b, job, FUNCTION), arguments)
+    b.branch(head)
+    b.position_at_end(end)
+    b.ret_void()
+    return code, {"share": function}
+
+
+def _write_waiting() -> tuple[llvm_source.Code, dict[str, ir.Function]]:
+    """void post(worker, share, job, thread): give work to an idle worker. void serve(worker,
+    spins): do what is posted, until nothing has been for `spins` looks. void finish(worker, spins):
+    take back what has not begun, and wait for what has, for `spins` looks at most."""
+    code = llvm_source.Code(1)
+
+    def pause(b: ir.IRBuilder) -> None:
+        machine = platform.machine().lower()
+        if machine in ("x86_64", "amd64"):
+            b.call(code.intrinsic("llvm.x86.sse2.pause", VOID), [])
+        elif machine in ("arm64", "aarch64"):
+            b.call(code.intrinsic("llvm.aarch64.hint", VOID, I32), [I32(1)])
+
+    def change(b: ir.IRBuilder, worker: ir.Value, before: int, after: int) -> ir.Value:
+        """Whether the state was `before`, and now is `after`."""
+        state = _field(b, worker, STATE)
+        pair = b.cmpxchg(state, I64(before), I64(after), "acq_rel", "acquire")
+        return b.extract_value(pair, 1)
+
+    def spin(b: ir.IRBuilder, spins: ir.Value, found: Callable[[], ir.Value]) -> ir.Block:
+        """Look until it is found; the builder is then there, the block is for when it is not."""
+        before, head, more = b.block, b.append_basic_block(), b.append_basic_block()
+        there, gone = b.append_basic_block(), b.append_basic_block()
+        b.branch(head)
+        b.position_at_end(head)
+        n = b.phi(I64)
+        n.add_incoming(I64(0), before)
+        b.cbranch(found(), there, more)
+        b.position_at_end(more)
+        pause(b)
+        following = b.add(n, I64(1))
+        n.add_incoming(following, more)
+        b.cbranch(b.icmp_signed("<", following, spins), head, gone)
+        b.position_at_end(there)
+        return gone
+
+    post, b = code.function("post", [PTR, I64, I64, I64])
+    worker, *values = post.args
+    for index, value in zip((SHARE, JOB, THREAD), values, strict=True):
+        b.store(value, _field(b, worker, index))
+    b.atomic_rmw("xchg", _field(b, worker, STATE), I64(POSTED), "release")
+    b.ret_void()
+
+    serve, b = code.function("serve", [PTR, I64])
+    worker, spins = serve.args
+    start = b.append_basic_block()
+    b.branch(start)
+    b.position_at_end(start)
+    gone = spin(b, spins, lambda: change(b, worker, POSTED, RUNNING))
+    _call(b, _number(b, worker, SHARE), [_number(b, worker, JOB), _number(b, worker, THREAD)])
+    b.atomic_rmw("xchg", _field(b, worker, STATE), I64(IDLE), "release")
+    b.branch(start)
+    b.position_at_end(gone)
+    b.ret_void()
+
+    finish, b = code.function("finish", [PTR, I64])
+    worker, spins = finish.args
+    with b.if_then(change(b, worker, POSTED, IDLE)):
+        b.ret_void()
+
+    def idle() -> ir.Value:
+        state = b.load_atomic(_field(b, worker, STATE), "acquire", 8, typ=I64)
+        return b.icmp_signed("==", state, I64(IDLE))
+
+    gone = spin(b, spins, idle)
+    b.ret_void()
+    b.position_at_end(gone)
+    b.ret_void()
+    return code, {"post": post, "serve": serve, "finish": finish}
+
+
+@functools.cache
+def _waiting() -> dict[str, Callable[..., None]]:
+    return llvm_source.compile_once(("waiting",), _write_waiting)
+
+
+@functools.cache
+def _share(count: int) -> Callable[[int, int], None]:
+    return llvm_source.compile_once(("share", count), lambda: _write_share(count))["share"]
+
+
+def address(function: Callable) -> int:
+    """Of compiled code."""
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+# --- workers ------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A thread that waits for shares of jobs."""
+
+    def __init__(self):
+        self._fields = (ctypes.c_int64 * 4)(IDLE)
+        self._address = ctypes.addressof(self._fields)
+        self._lock, self._wake, self._asleep = threading.Lock(), threading.Lock(), False
+        self._wake.acquire()
+        self.taken = threading.Lock()  # by who posts
+        self._code = _waiting()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def post(self, *values: int) -> None:
+        with self._lock:
+            self._code["post"](self._address, *values)
+            if self._asleep:
+                self._asleep = False
+                self._wake.release()
+
+    def finish(self) -> None:
+        """Return when it does not work, or never will."""
+        self._code["finish"](self._address, SPINS)
+        while self._fields[STATE] != IDLE:  # another process has its core
+            time.sleep(1e-4)
+
+    def _serve(self) -> None:
+        while True:
+            self._code["serve"](self._address, SPINS)
+            with self._lock:
+                if self._fields[STATE] == POSTED:
+                    continue
+                self._asleep = True
+            self._wake.acquire()
+
+
+class _Workers:
+    """The workers of this process."""
+
+    def __init__(self):
+        self._all: list[_Worker] = []
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> list[_Worker]:
+        """At most `count` workers that nobody else has, of `count` or more."""
+        with self._lock:
+            while len(self._all) < count:
+                self._all.append(_Worker())
+            return [w for w in self._all[:count] if w.taken.acquire(blocking=False)]
+
+
+_workers = _Workers()
+if hasattr(os, "register_at_fork"):  # a child process has none of these threads
+    os.register_at_fork(after_in_child=_workers.__init__)
+
+
+def share_tiles(threads: int, tiles: int, function: int, arguments: Sequence[Argument]) -> None:
+    """Call the function at this address for all tiles, in up to `threads` threads; the caller's is
+    number 0. A thread that is slowed down leaves its tiles to others."""
+    flat = [number for argument in arguments for number in argument]
+    job = (ctypes.c_int64 * (ARGUMENTS + len(flat)))(function, 0, tiles, *flat)
+    share, place = _share(len(arguments)), ctypes.addressof(job)
+    helpers = _workers.take(max(0, min(threads, tiles) - 1))
+    try:
+        for thread, worker in enumerate(helpers, 1):
+            worker.post(address(share), place, thread)
+        share(place, 0)
+    finally:
+        for worker in helpers:
+            worker.finish()
+            worker.taken.release()

@@ -14,8 +14,7 @@ next step.
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Hashable
 
 import torch
 from llvmlite import ir
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from engine import layers, llvm_gradients, llvm_source, plan
 from engine.plan import FeatureMap
-from engine.threads import share_tiles
+from engine.threads import Argument, address, share_tiles
 
 # Of the dense network's multiply-adds, in fp32 and in bf16; above it, the dense network is as fast.
 MAX_MAC_RATIO = 1 / 4, 1 / 8
@@ -34,9 +33,14 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def _at(x: Tensor, tile: int = 0) -> int:
-    """The address of a tile of contiguous `x`."""
-    return x.data_ptr() + 4 * tile * x.stride(0)
+def _whole(x: Tensor) -> Argument:
+    """The address of `x`, for any tile."""
+    return Argument(x.data_ptr())
+
+
+def _each(x: Tensor) -> Argument:
+    """The address of the part of contiguous `x` (tiles, ...) that belongs to a tile."""
+    return Argument(x.data_ptr(), per_tile=4 * x.stride(0))
 
 
 def _windows(pool: layers.Pool, size: int) -> Tensor:
@@ -180,7 +184,6 @@ class SparseForward:
             accumulate = any(layer.reads in (later.reads, later.adds) for later in found[n:])
             self.layers.append(SparseLayer(layer, sizes[layer.reads], self.images, accumulate))
         self.threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self.threads)
         self._memory: dict[tuple, Tensor] = {}
 
     @property
@@ -217,29 +220,25 @@ class SparseForward:
             kept = self._memory[(key, *shape)] = (torch.zeros if zero else torch.empty)(shape)
         return kept
 
-    def _each_tile(self, tiles: int, work: Callable[[int, int], None]) -> None:
-        """work(tile, thread) for all tiles, in as many threads as PyTorch has."""
+    def _run(self, n: int, name: str, tiles: int, *arguments: Argument) -> None:
+        """A function of layer n, for all tiles."""
+        share_tiles(self.threads, tiles, address(self.functions[n, name]), arguments)
 
-        def run(some: Iterator[int], thread: int) -> None:
-            for tile in some:
-                work(tile, thread)
-
-        share_tiles(self._pool, self.threads, tiles, run)
-
-    def _scratch(self, own: SparseLayer, kinds: tuple[str, ...]) -> list[list[int]]:
-        """For each thread, addresses of scratch memories of these kinds. Borders are zero and stay
-        zero, because all layers of equal shapes write the same positions."""
+    def _scratch(self, own: SparseLayer, *kinds: str) -> list[Argument]:
+        """A scratch memory of each of these kinds for each thread. Borders are zero and stay zero,
+        because all layers of equal shapes write the same positions."""
         shapes = {
             "padded": (own.padded.size, own.padded.border),
             "spread": (own.spread.size, own.spread.border, own.stride, own.size_out),
             "row": (),
         }
 
-        def memory(kind: str, thread: int) -> int:
-            key = (kind, thread, *shapes[kind])
-            return _at(self._reuse(key, own.scratch[kind], zero=True))
+        def memory(kind: str) -> Argument:
+            shape = self.threads, own.scratch[kind]
+            x = self._reuse((kind, *shapes[kind]), *shape, zero=True)
+            return Argument(x.data_ptr(), per_thread=4 * x.stride(0))
 
-        return [[memory(kind, thread) for kind in kinds] for thread in range(self.threads)]
+        return [memory(kind) for kind in kinds]
 
     def _layer(self, n: int, x: Tensor, shortcut: Tensor | None) -> Tensor:
         """The output of layer n; activations are (tiles, channels, positions, images of a tile)."""
@@ -248,28 +247,21 @@ class SparseForward:
         shape = tiles, own.channels, own.size_out**2, self.images
         raw, y = self._reuse((n, "raw"), *shape), self._reuse((n, "y"), *shape)
         moments = self._reuse("sums", tiles, 2, own.channels)
-        scratch = self._scratch(own, ("padded",))
-        first, tables = self.functions[n, "forward"], _at(own.tables)
-        self._each_tile(
-            tiles,
-            lambda t, i: first(_at(x, t), *scratch[i], _at(raw, t), _at(moments, t), tables),
-        )
+        (padded,) = self._scratch(own, "padded")
+        arguments = _each(x), padded, _each(raw), _each(moments), _whole(own.tables)
+        self._run(n, "forward", tiles, *arguments)
         mean, variance = own.statistics(moments, raw.numel() // own.channels)
         inverse = (variance + own.norm.eps).rsqrt()
         scale = own.norm.weight.detach() * inverse
         shift = (own.norm.bias.detach() - mean * scale).float()
         scale = scale.float()
-        second = self.functions[n, "normalize"]
         added = y if shortcut is None else shortcut
-        channels = _at(scale), _at(shift)
-        self._each_tile(
-            tiles, lambda t, i: second(_at(raw, t), _at(added, t), _at(y, t), *channels)
-        )
+        arguments = _each(raw), _each(added), _each(y), _whole(scale), _whole(shift)
+        self._run(n, "normalize", tiles, *arguments)
         out = y
         if own.windows is not None:
             out = self._reuse((n, "pooled"), *shape[:2], len(own.windows), self.images)
-            pool, windows = self.functions[n, "pool"], _at(own.windows)
-            self._each_tile(tiles, lambda t, i: pool(_at(y, t), _at(out, t), windows))
+            self._run(n, "pool", tiles, _each(y), _each(out), _whole(own.windows))
         own.kept = x, raw, y, out, mean, inverse
         return out
 
@@ -280,18 +272,12 @@ class SparseForward:
         x, raw, y, out, mean, inverse = own.kept
         if own.windows is not None:
             pooled, dy = dy, self._reuse((n, "unpooled"), *y.shape)
-            pool, windows = self.functions[n, "pool_gradient"], _at(own.windows)
-            self._each_tile(
-                tiles,
-                lambda t, i: pool(_at(y, t), _at(out, t), _at(pooled, t), _at(dy, t), windows),
-            )
+            arguments = _each(y), _each(out), _each(pooled), _each(dy), _whole(own.windows)
+            self._run(n, "pool_gradient", tiles, *arguments)
         sums = self._reuse("sums", tiles, 2, own.channels)
         middle = mean.float()
-        first = self.functions[n, "norm_gradient"]
-        self._each_tile(
-            tiles,
-            lambda t, i: first(_at(dy, t), _at(y, t), _at(raw, t), _at(middle), _at(sums, t)),
-        )
+        arguments = _each(dy), _each(y), _each(raw), _whole(middle), _each(sums)
+        self._run(n, "norm_gradient", tiles, *arguments)
         # Ioffe and Szegedy, arXiv 1502.03167: subtract the gradients through mean and variance.
         total, product = sums.double().sum(0)
         values = raw.numel() // own.channels
@@ -301,15 +287,10 @@ class SparseForward:
         factors = torch.stack((factor, slope, constant)).float()
         # Each tile has its own sums: one sum would depend on the order of the threads.
         products = self._reuse((n, "gradients"), tiles, len(own.products[0].values))
-        scratch = self._scratch(own, ("padded", "spread", "row"))
-        second, tables = self.functions[n, "backward"], _at(own.tables)
-
-        def work(t: int, i: int) -> None:
-            to = 0 if dx is None else _at(dx, t)
-            inputs = _at(x, t), _at(dy, t), _at(raw, t), _at(factors)
-            second(*inputs, *scratch[i], _at(products, t), to, tables)
-
-        self._each_tile(tiles, work)
+        inputs = _each(x), _each(dy), _each(raw), _whole(factors)
+        scratch = self._scratch(own, "padded", "spread", "row")
+        results = _each(products), Argument(0) if dx is None else _each(dx)
+        self._run(n, "backward", tiles, *inputs, *scratch, *results, _whole(own.tables))
         weight = torch.zeros_like(own.conv.weight)
         _flat(weight)[own.numbers[0]] = products.sum(0)[own.filled[0]]
         own.gradients = weight, (product * inverse).float(), total.float()
