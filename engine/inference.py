@@ -31,6 +31,7 @@ class _TileRunner:
         self.plan, self.threads = plan, threads  # the plan holds the tensors that the code reads
         self._addresses = llvm_source.addresses(plan.tables)
         self._code = llvm_source.compile_once(plan.shape, self._write)["run"]
+        self._address = address(self._code)
         # The last vector may reach beyond the last cell. Borders are zero and stay zero.
         self._floats = (plan.cells + plan.positions) * plan.images
         self._idle: list[Tensor] = []
@@ -53,7 +54,7 @@ class _TileRunner:
             Argument(0, per_tile=1),
             Argument(self._addresses.data_ptr()),
         ]
-        share_tiles(self.threads, -(-n // self.plan.images), address(self._code), arguments)
+        share_tiles(self.threads, -(-n // self.plan.images), self._address, arguments)
         self._idle.append(scratch)
 
 
