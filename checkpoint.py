@@ -264,6 +264,13 @@ def read(path: str | Path) -> object:
             )
         elif text == "torchscript":
             reason = f"it is a TorchScript archive; save the weights alone instead: {ALONE}"
+        elif data.is_lfs_pointer(path):
+            reason = f"it is {data.LFS_POINTER}"
+        elif str(path).endswith(".safetensors"):
+            reason = (
+                "it is in another format; convert it: "
+                'torch.save(safetensors.torch.load_file("weights.safetensors"), "weights.pth")'
+            )
         else:
             reason = (
                 "it is empty, damaged, truncated, or was not written by torch.save; fetch or save "

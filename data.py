@@ -731,6 +731,18 @@ def _highest_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
+LFS_POINTER = "a pointer of Git LFS, not the file itself; `git lfs pull` fetches it"
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether a file is what Git leaves in the place of a large file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(23) == b"version https://git-lfs"
+    except OSError:
+        return False
+
+
 def _map_files(files: Sequence[Path], work) -> list:
     """work(file) for all `files`; one DataError for all that it fails on."""
     done, bad = [], []
@@ -738,8 +750,12 @@ def _map_files(files: Sequence[Path], work) -> list:
         try:
             done.append(work(path))
         except Exception as error:  # PIL raises nearly anything for damaged files
-            empty = path.is_file() and path.stat().st_size == 0
-            bad.append(f"{path} ({'empty' if empty else ' '.join(str(error).split())[:80]})")
+            reason = " ".join(str(error).split())[:80]
+            if path.is_file() and path.stat().st_size == 0:
+                reason = "empty"
+            elif is_lfs_pointer(path):
+                reason = LFS_POINTER
+            bad.append(f"{path} ({reason})")
     if bad:
         raise DataError(f"cannot be read as images: {_some(bad)}; replace or remove them")
     return done

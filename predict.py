@@ -98,6 +98,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: at least 1")
+    if args.show and args.show.suffix.lower() not in ("", ".png"):
+        parser.error(f"--show {args.show}: the picture is written as PNG; end its name in .png")
     return args
 
 
@@ -202,6 +204,7 @@ def predict(args: argparse.Namespace) -> None:
     inputs = [args.weights, *args.images]
     if args.images:
         found, notes = gather(args.images)
+        notes += [f"--data {args.data} is not used: IMAGES are given"] if args.data else []
         inputs += [file for _, files in found for file in files]
         parts = chunks(found, meta["image_size"], meta["grey"])
         classes = meta.get("classes") or [str(number) for number in range(meta["num_classes"])]

@@ -5,6 +5,7 @@ over Python's lock. So a thread takes one tile after the other without Python, a
 work for 0.1 ms before it sleeps.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -206,10 +207,11 @@ class _Workers:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> list[_Worker]:
-        """At most `count` workers that nobody else has, of `count` or more."""
-        with self._lock:
+        """At most `count` workers that nobody else has; none if the system has no more threads."""
+        with self._lock, contextlib.suppress(RuntimeError):  # "can't start new thread"
             while len(self._all) < count:
                 self._all.append(_Worker())
+        with self._lock:
             return [w for w in self._all[:count] if w.taken.acquire(blocking=False)]
 
 

@@ -49,6 +49,17 @@ def test_bad_weights(kind, flags, capsys, tmp_path, monkeypatch):
     assert "weights.pth" in fails([*flags, "--engine", engine], capsys, tmp_path)
 
 
+@pytest.mark.parametrize("name, reason", [("a.pth", "Git LFS"), ("a.safetensors", "convert it")])
+def test_files_of_another_kind_are_named(name, reason, flags, capsys, tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / name).write_bytes(pointer if name == "a.pth" else b"\x08\0\0\0\0\0\0\0{}      ")
+    assert reason in fails([*flags, "-w", str(tmp_path / name)], capsys, tmp_path)
+    if name == "a.pth":
+        image = tmp_path / "a.png"
+        image.write_bytes(pointer)
+        assert reason in fails([*flags, str(image)], capsys, tmp_path)
+
+
 def test_a_wrong_number_of_classes(flags, capsys, tmp_path):
     model, meta = models.build("resnet18", 7), {"arch": "resnet18", "num_classes": 7}
     checkpoint.save(tmp_path / "weights.pth", model, meta)
@@ -72,7 +83,15 @@ def test_missing_images_and_devices(flags, capsys, tmp_path, monkeypatch):
     assert "absent" in fails([*flags, "--data", str(tmp_path / "absent")], capsys, tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [[], ["-w", "x", "--batch-size", "0"], ["-w", "x", "--gray"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        ["-w", "x", "--batch-size", "0"],
+        ["-w", "x", "--gray"],
+        ["-w", "x", "--show", "picture.svg"],
+    ],
+)
 def test_wrong_usage_is_argparses(wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         predict.main(wrong)
@@ -102,10 +121,13 @@ def test_outputs_that_would_destroy_something_are_refused(flags, capsys, tmp_pat
     images, sheet = tmp_path / "images.npy", tmp_path / "images.png"
     np.save(images, np.zeros((3, 28, 28), np.uint8))
     sheet.symlink_to(images)
+    weights, output = tmp_path / "weights.png", tmp_path / "output.png"
+    weights.symlink_to(flags[1])
+    output.symlink_to(flags[3])
     for bad in (
         ["-o", flags[1]],
-        ["--show", flags[1]],
-        ["--show", flags[3]],
+        ["--show", str(weights)],
+        ["--show", str(output)],
         ["-o", "-", "--show", "/dev/stdout"],
         ["-o", str(images), str(images)],
         ["--show", str(sheet), str(images)],
@@ -206,7 +228,7 @@ def test_stopped_it_leaves_everything_as_it_was(number, flags, tmp_path):
     before = sorted(tmp_path.iterdir())
     # What a shell starts in the background ignores Ctrl-C, and so would its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen([sys.executable, SCRIPT, *flags, pipe], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags[:4], pipe], stderr=subprocess.PIPE)
     with pipe.open("wb") as file:  # 30,000 images are announced, 20,000 come
         header = bytes((0, 0, 8, 3)) + np.array((30_000, 28, 28), ">i4").tobytes()
         file.write(header + bytes(20_000 * 28 * 28))
