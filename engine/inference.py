@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engine import llvm_source, plan
 from engine.plan import Plan
-from engine.threads import Argument, address, share_tiles
+from engine.threads import Argument, address, default_threads, share_tiles
 
 
 class _TileRunner:
@@ -82,7 +82,7 @@ class SparseResNet(nn.Module):
         self.values = nn.ParameterList(
             nn.Parameter(product.values, requires_grad=False) for product in self.largest.products
         )
-        self.threads = torch.get_num_threads()
+        self.threads = default_threads()
         self._runners: dict[int, _TileRunner] = {}
         self._compiling = threading.Lock()
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from llvmlite import ir
 
 from engine import llvm_source
@@ -218,6 +219,11 @@ class _Workers:
 _workers = _Workers()
 if hasattr(os, "register_at_fork"):  # a child process has none of these threads
     os.register_at_fork(after_in_child=_workers.__init__)
+
+
+def default_threads() -> int:
+    """As many as PyTorch uses, but not more than there are cores."""
+    return min(torch.get_num_threads(), os.cpu_count() or 1)
 
 
 def share_tiles(threads: int, tiles: int, function: int, arguments: Sequence[Argument]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from engine import layers, llvm_gradients, llvm_source, plan
 from engine.plan import FeatureMap
-from engine.threads import Argument, address, share_tiles
+from engine.threads import Argument, address, default_threads, share_tiles
 
 # Of the dense network's multiply-adds, in fp32 and in bf16; above it, the dense network is as fast.
 MAX_MAC_RATIO = 1 / 4, 1 / 8
@@ -183,7 +183,7 @@ class SparseForward:
             # Backward passes go through the layers in reverse.
             accumulate = any(layer.reads in (later.reads, later.adds) for later in found[n:])
             self.layers.append(SparseLayer(layer, sizes[layer.reads], self.images, accumulate))
-        self.threads = torch.get_num_threads()
+        self.threads = default_threads()
         self._memory: dict[tuple, Tensor] = {}
 
     @property
