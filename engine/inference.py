@@ -3,14 +3,14 @@
     engine = SparseResNet(model, image_size=28)   # of any torchvision ResNet; BatchNorm is folded
     logits = engine(images)                       # as model(images), up to rounding
 
-A vector register holds one value of 16 images (8 without AVX-512): a multiply-add with one weight
-serves them all, and no index is looked up per image. Each convolution is one loop over its non-zero
-weights, output channel by output channel. The sums of the output channel, at up to 28 positions,
-stay in registers while each weight adds its multiple of a shifted input feature map, whose offset
-is read once for all positions. For small batches a register holds 8 values instead: several
-neighboring positions of fewer images, so that each thread has a tile. The code (llvm_source.py) is
-written and compiled when an engine of its shape is first called with such a batch, which takes 0.2
-to 0.7 s.
+A vector register holds one value of 16 images (8 with AVX2, 4 with NEON): a multiply-add with one
+weight serves them all, and no index is looked up per image. Each convolution is one loop over its
+non-zero weights, output channel by output channel. The sums of the output channel, at up to 28
+positions, stay in registers while each weight adds its multiple of a shifted input feature map,
+whose offset is read once for all positions. For small batches a register holds several neighboring
+positions of fewer images, so that each thread has a tile. The code (llvm_source.py) is written and
+compiled when an engine of its shape is first called with such a batch, which takes 0.2 to 0.7 s for
+images of 28x28.
 """
 
 import functools
@@ -27,34 +27,38 @@ from engine.threads import Argument, address, default_threads, share_tiles
 class _TileRunner:
     """The machine code of a plan, and scratch memory for each call that is running it."""
 
-    def __init__(self, plan: Plan, threads: int):
-        self.plan, self.threads = plan, threads  # the plan holds the tensors that the code reads
-        self._addresses = llvm_source.addresses(plan.tables)
-        self._code = llvm_source.compile_once(plan.shape, self._write)["run"]
-        self._address = address(self._code)
-        # The last vector may reach beyond the last cell. Borders are zero and stay zero.
-        self._floats = (plan.cells + plan.positions) * plan.images
+    def __init__(self, tiles: Plan):
+        self.images = tiles.images
+        code = llvm_source.compile_once(tiles.shape, functools.partial(self._write, tiles))["run"]
+        self._code, self._address = code, address(code)
+        self._tables = [table.clone() for table in tiles.tables]  # nobody else can move these
+        self._addresses = llvm_source.addresses(self._tables)
+        # The last vector may reach beyond the last cell. Where borders are not cleared for each
+        # tile, they stay zero.
+        self._floats = (tiles.cells + tiles.positions) * tiles.images
         self._idle: list[Tensor] = []
 
-    def _write(self) -> tuple[llvm_source.Code, dict]:
-        code = llvm_source.PlanCode(self.plan)
+    @staticmethod
+    def _write(tiles: Plan) -> tuple[llvm_source.Code, dict]:
+        code = llvm_source.PlanCode(tiles)
         return code, {"run": code.run}
 
-    def run(self, images: Tensor, logits: Tensor) -> None:
+    def run(self, images: Tensor, logits: Tensor, threads: int) -> None:
         """Write the logits of all images."""
-        try:
-            scratch = self._idle.pop()
-        except IndexError:
-            scratch = torch.zeros(self.threads, self._floats)
         n = len(images)
+        tiles = -(-n // self.images)
+        threads = max(1, min(threads, tiles))
+        scratch = self._idle.pop() if self._idle else None
+        if scratch is None or len(scratch) < threads:
+            scratch = torch.zeros(threads, self._floats)
         numbers = images.data_ptr(), n, *images.stride(), logits.data_ptr()
         arguments = [
             *map(Argument, numbers),
             Argument(scratch.data_ptr(), per_thread=4 * self._floats),
             Argument(0, per_tile=1),
             Argument(self._addresses.data_ptr()),
-        ]
-        share_tiles(self.threads, -(-n // self.plan.images), self._address, arguments)
+        ]  # of PlanCode's `run`
+        share_tiles(threads, tiles, self._address, arguments)
         self._idle.append(scratch)
 
 
@@ -72,13 +76,13 @@ class SparseResNet(nn.Module):
         if grey is None:
             grey = not model.conv1.weight[:, 1:].any()
         self._plan = functools.partial(Plan, plan.sparse_copy(model, grey), image_size)
-        self.lanes, _ = llvm_source.host()
-        self.largest = self._plan(images=self.lanes, positions=1)
         self._prepare()
         self.eval()
 
     def _prepare(self) -> None:
         """Set what belongs to this machine and process, and is neither copied nor pickled."""
+        self.lanes, _ = llvm_source.host()
+        self.largest = self._plan(images=self.lanes, positions=1)
         self.values = nn.ParameterList(
             nn.Parameter(product.values, requires_grad=False) for product in self.largest.products
         )
@@ -87,7 +91,7 @@ class SparseResNet(nn.Module):
         self._compiling = threading.Lock()
 
     def __getstate__(self) -> dict:
-        own = ("_runners", "_compiling")
+        own = ("largest", "_runners", "_compiling")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict) -> None:
@@ -103,13 +107,13 @@ class SparseResNet(nn.Module):
         if images.shape[1:] != (3, size, size) or images.dtype != torch.float32:
             raise ValueError(f"expected float32 (N, 3, {size}, {size}), got {tuple(images.shape)}")
         logits = torch.empty(n, self.largest.logits.channels)
-        self._runner(self._tile_size(n)).run(images, logits)
+        self._runner(self._tile_size(n)).run(images, logits, self.threads)
         return logits
 
     def _tile_size(self, n: int) -> int:
         """Images of a tile, a power of two, at most `lanes`: small enough that `n` images are a
         tile for each thread."""
-        share = -(-n // self.threads)
+        share = -(-n // max(1, self.threads))
         return min(self.lanes, 1 << max(0, share - 1).bit_length())
 
     def _runner(self, images: int) -> _TileRunner:
@@ -121,5 +125,5 @@ class SparseResNet(nn.Module):
                     # would often take two.
                     positions = max(1, min(self.lanes, 8) // images)
                     tiles = self._plan(images=images, positions=positions, reuse=images > 1)
-                self._runners[images] = _TileRunner(tiles, self.threads)
+                self._runners[images] = _TileRunner(tiles)
             return self._runners[images]

@@ -2,8 +2,8 @@
 
 All shapes are constants of the code. All that differs between networks of one shape is in tables,
 whose addresses are arguments: so each shape is compiled once. A vector register holds one value of
-16 images (8 without AVX-512), or 16 neighboring positions of one image. Memory is addressed in
-cells; a cell holds one value of each image of a tile.
+16 images (8 with AVX2, 4 with NEON), or neighboring positions of fewer images. Memory is addressed
+in cells; a cell holds one value of each image of a tile.
 """
 
 import math
@@ -145,8 +145,8 @@ class Code:
         vector = ir.VectorType(F32, width * images)
         multiply_add = self._multiply_add(vector)
         zero, lowest = (ir.Constant(vector, [value] * vector.count) for value in (0.0, -math.inf))
-        pieces = -(-len(p.vectors) // (self.sums // p.unroll))
-        size = -(-len(p.vectors) // pieces)
+        count = -(-len(p.vectors) // (self.sums // p.unroll))
+        size = -(-len(p.vectors) // count)
         pieces = [p.vectors[i : i + size] for i in range(0, len(p.vectors), size)]
         rows = I64(len(p.bias))
 
@@ -310,7 +310,9 @@ class MachineCode:
 
     def _callable(self, function: ir.Function) -> Callable[..., None]:
         types = [c_void_p if argument.type == PTR else c_int64 for argument in function.args]
-        return CFUNCTYPE(None, *types)(self._compiler.get_function_address(function.name))
+        callable_ = CFUNCTYPE(None, *types)(self._compiler.get_function_address(function.name))
+        callable_.code = self  # lives as long
+        return callable_
 
 
 _cache: dict[tuple, MachineCode] = {}

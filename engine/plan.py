@@ -79,6 +79,20 @@ class Vector(NamedTuple):
     cells: tuple[int, ...]  # from `write` on; the others between them belong to the border
 
 
+class SparseWeight(NamedTuple):
+    """The values of a weight (O, C, K, K) that are not zero."""
+
+    shape: torch.Size
+    places: Tensor  # int32 (values,): indices into the flattened weight
+    values: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "SparseWeight":
+        flat = weight.detach().flatten()
+        places = flat.nonzero().squeeze(1)
+        return cls(weight.shape, places.int(), flat[places])
+
+
 @dataclass
 class Product:
     """target[o, write] (+)= bias[o] + sum over the weights w of row o: w * source[offset + read].
@@ -107,7 +121,8 @@ class Product:
     parts: Tensor = field(init=False)  # int32 (1,): how many
 
     def __post_init__(self):
-        self.parts = torch.tensor([len(self.starts) // len(self.bias)], dtype=torch.int32)
+        count = (len(self.starts) - 1) // len(self.bias)
+        self.parts = torch.tensor([count], dtype=torch.int32)
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
@@ -144,7 +159,7 @@ def _vectors(
 
 def product(
     name: str,
-    weight: Tensor,
+    weight: SparseWeight,
     bias: Tensor,
     source: FeatureMap,
     target: FeatureMap,
@@ -154,38 +169,39 @@ def product(
     positions: int = 1,
     **options,
 ) -> Product:
-    """A convolution with `weight` (O, C, K, K), dense or sparse, and `bias` (O,) from `source` to
-    `target`, for tiles of `images` images, in vectors of at most `positions` positions; `options`
-    are fields of Product."""
+    """A convolution with `weight` and `bias` (O,) from `source` to `target`, for tiles of `images`
+    images, in vectors of at most `positions` positions; `options` are fields of Product."""
     vectors = _vectors(source, target, stride // source.phases, positions)
     # With few vectors a register would wait for its own last sum: several sums take turns.
     unroll = 4 if len(vectors) == 1 else 2 if len(vectors) <= 4 else 1
-    kernel = weight.shape[-1]
+    rows, _, kernel, _ = weight.shape
     live = layers.live_positions(source.size, kernel, stride, padding)
-    weight = weight.to_sparse().coalesce()
-    seen = (weight.indices()[2:] >= live.start) & (weight.indices()[2:] < live.stop)
-    (o, c, ky, kx), used = weight.indices()[:, seen.all(0)], weight.values()[seen.all(0)]
+    live_weights = torch.zeros(weight.shape[1:], dtype=torch.bool)
+    live_weights[:, live, live] = True
+    used = live_weights.flatten()[weight.places % live_weights.numel()]
+    o, c, ky, kx = torch.unravel_index(weight.places[used].long(), weight.shape)
     parts = 1
     if images > 1 and "pool" not in options:
-        rows = -(-PIECE // target.size)  # of the output's pixels, computed together
-        lines = min((rows - 1) * stride + kernel, source.side)  # of the input's, read for them
+        lines = -(-PIECE // target.size)  # of the output's pixels, computed together
+        lines = min((lines - 1) * stride + kernel, source.side)  # of the input's, read for them
         size = 4 * images * len(c.unique()) * lines * source.side
-        parts = max(1, min(round(size / L1_BYTES), len(o) // (PART_WEIGHTS * len(weight))))
-    part = (c.bincount().cumsum(0)[c] - 1) * parts // max(len(c), 1)  # of about equal weights
-    row, order = (part * len(weight) + o).sort(stable=True)
-    o, c, ky, kx, used = (x[order] for x in (o, c, ky, kx, used))
-    counts = torch.bincount(row, minlength=parts * len(weight))
+        parts = max(1, min(round(size / L1_BYTES), len(o) // (PART_WEIGHTS * rows)))
+    # Each part has about as many weights: those up to and with a channel's tell which it is in.
+    part = (c.bincount().cumsum(0)[c] - 1) * parts // max(len(c), 1)
+    row, order = (part * rows + o).sort(stable=True)
+    c, ky, kx, values_used = c[order], ky[order], kx[order], weight.values[used][order]
+    counts = torch.bincount(row, minlength=parts * rows)
     starts = torch.cat([torch.zeros(1).long(), (-(-counts // unroll) * unroll).cumsum(0)])
-    place = starts[row] + torch.arange(len(o)) - (counts.cumsum(0) - counts)[row]
+    place = starts[row] + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
     span = range(kernel)
     within = torch.tensor([[source.at(y - padding, x - padding) for x in span] for y in span])
     # Weights that pad a row are zero, and read a position that exists.
     offsets = within[live, live][0, 0].repeat(int(starts[-1]))
     offsets[place] = c * source.stride + within[ky, kx]
     values = torch.zeros(len(offsets))
-    values[place] = used
-    rows = starts.int(), offsets.int(), values, bias.clone()
-    return Product(name, source, target, vectors, *rows, unroll=unroll, **options)
+    values[place] = values_used
+    table = starts.int(), offsets.int(), values, bias.clone()
+    return Product(name, source, target, vectors, *table, unroll=unroll, **options)
 
 
 def sparse_is_faster(model: nn.Module, image_size: int, device: torch.device) -> bool:
@@ -212,8 +228,8 @@ def sparse_copy(model: nn.Module, grey: bool) -> nn.Module:
         conv = network.conv1
         rewrite.replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
     for layer in layers.layers(network):
-        weight = layer.conv.weight.detach().to_sparse()
-        del layer.conv.weight  # of a sparse nn.Parameter there is no deepcopy
+        weight = SparseWeight.of(layer.conv.weight)
+        del layer.conv.weight  # the parameter
         layer.conv.weight = weight
     return network
 
@@ -253,7 +269,7 @@ class Plan:
         # The classifier takes the mean over the last feature map: each pixel has its share.
         weight = network.fc.weight[:, :, None, None].expand(-1, -1, x.size, x.size) / x.size**2
         self.logits = self._map(len(weight), 1, 0)
-        self._product("fc", weight, network.fc.bias, x, self.logits, 1, 0)
+        self._product("fc", SparseWeight.of(weight), network.fc.bias, x, self.logits, 1, 0)
         self._place(reuse)
 
     @property
@@ -285,7 +301,7 @@ class Plan:
     ) -> FeatureMap:
         """Add a layer; returns the feature map that it writes."""
         conv, source, options = layer.conv, maps[layer.reads], {"relu": layer.relu}
-        channels, size = len(conv.weight), layers.output_size(conv, source.size)
+        channels, size = conv.out_channels, layers.output_size(conv, source.size)
         if layer.adds is not None:  # in place
             target = result = maps[layer.adds]
             options["add"] = True
@@ -301,8 +317,9 @@ class Plan:
         if self.positions > 1 and stride > source.phases:  # vectors need the pixels side by side
             if layer.reads not in copies:
                 copy = self._map(source.channels, source.size, source.border, stride)
-                same = torch.eye(source.channels)[:, :, None, None], torch.zeros(source.channels)
-                self._product(f"{layer.name}.input", *same, source, copy, 1, 0, copy=True)
+                same = SparseWeight.of(torch.eye(source.channels)[:, :, None, None])
+                none = torch.zeros(source.channels)
+                self._product(f"{layer.name}.input", same, none, source, copy, 1, 0, copy=True)
                 copies[layer.reads] = copy
             source = copies[layer.reads]
         self._product(

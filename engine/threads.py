@@ -2,14 +2,14 @@
 
 To wake a sleeping thread takes as long as the network takes for four images, and so does handing
 over Python's lock. So a thread takes one tile after the other without Python, and looks for more
-work for 0.1 ms before it sleeps.
+work for a moment (SPINS, less than 0.1 ms) before it sleeps.
 """
 
-import contextlib
 import ctypes
 import functools
 import os
 import platform
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ from llvmlite import ir
 from engine import llvm_source
 from engine.llvm_source import I32, I64, PTR, VOID
 
-SPINS = 3_000  # looks for work before a thread sleeps
+SPINS = 4_000  # looks for work before a thread sleeps
 IDLE, POSTED, RUNNING = range(3)  # states of a worker
 STATE, SHARE, JOB, THREAD = range(4)  # int64 of a worker
 FUNCTION, NEXT, TILES, ARGUMENTS = range(4)  # int64 of a job
 
 
 class Argument(NamedTuple):
-    """Of a function for one tile: first + tile * per_tile + thread * per_thread."""
+    """A function gets first + tile * per_tile + thread * per_thread."""
 
     first: int
     per_tile: int = 0
@@ -46,9 +46,9 @@ def _number(b: ir.IRBuilder, base: ir.Value, index: int) -> ir.Value:
     return b.load(_field(b, base, index), typ=I64)
 
 
-def _call(b: ir.IRBuilder, address: ir.Value, arguments: Sequence[ir.Value]) -> None:
+def _call(b: ir.IRBuilder, function: ir.Value, arguments: Sequence[ir.Value]) -> None:
     kind = ir.FunctionType(VOID, [argument.type for argument in arguments])
-    b.call(b.inttoptr(address, kind.as_pointer()), arguments)
+    b.call(b.inttoptr(function, kind.as_pointer()), arguments)
 
 
 def _write_share(count: int) -> tuple[llvm_source.Code, dict[str, ir.Function]]:
@@ -89,6 +89,10 @@ def _write_waiting() -> tuple[llvm_source.Code, dict[str, ir.Function]]:
         elif machine in ("arm64", "aarch64"):
             b.call(code.intrinsic("llvm.aarch64.hint", VOID, I32), [I32(1)])
 
+    def is_now(b: ir.IRBuilder, worker: ir.Value, state: int) -> ir.Value:
+        now = b.load_atomic(_field(b, worker, STATE), "acquire", 8, typ=I64)
+        return b.icmp_signed("==", now, I64(state))
+
     def change(b: ir.IRBuilder, worker: ir.Value, before: int, after: int) -> ir.Value:
         """Whether the state was `before`, and now is `after`."""
         state = _field(b, worker, STATE)
@@ -121,10 +125,12 @@ def _write_waiting() -> tuple[llvm_source.Code, dict[str, ir.Function]]:
 
     serve, b = code.function("serve", [PTR, I64])
     worker, spins = serve.args
-    start = b.append_basic_block()
+    start, mine = b.append_basic_block(), b.append_basic_block()
     b.branch(start)
     b.position_at_end(start)
-    gone = spin(b, spins, lambda: change(b, worker, POSTED, RUNNING))
+    gone = spin(b, spins, lambda: is_now(b, worker, POSTED))
+    b.cbranch(change(b, worker, POSTED, RUNNING), mine, start)  # it may have been taken back
+    b.position_at_end(mine)
     _call(b, _number(b, worker, SHARE), [_number(b, worker, JOB), _number(b, worker, THREAD)])
     b.atomic_rmw("xchg", _field(b, worker, STATE), I64(IDLE), "release")
     b.branch(start)
@@ -135,12 +141,7 @@ def _write_waiting() -> tuple[llvm_source.Code, dict[str, ir.Function]]:
     worker, spins = finish.args
     with b.if_then(change(b, worker, POSTED, IDLE)):
         b.ret_void()
-
-    def idle() -> ir.Value:
-        state = b.load_atomic(_field(b, worker, STATE), "acquire", 8, typ=I64)
-        return b.icmp_signed("==", state, I64(IDLE))
-
-    gone = spin(b, spins, idle)
+    gone = spin(b, spins, lambda: is_now(b, worker, IDLE))
     b.ret_void()
     b.position_at_end(gone)
     b.ret_void()
@@ -166,29 +167,33 @@ def address(function: Callable) -> int:
 
 
 class _Worker:
-    """A thread that waits for shares of jobs."""
+    """A thread that waits for shares of jobs. Only who holds `taken` may post one."""
 
     def __init__(self):
         self._fields = (ctypes.c_int64 * 4)(IDLE)
         self._address = ctypes.addressof(self._fields)
-        self._lock, self._wake, self._asleep = threading.Lock(), threading.Lock(), False
-        self._wake.acquire()
-        self.taken = threading.Lock()  # by who posts
         self._code = _waiting()
+        self._lock = threading.Lock()
+        self._asleep = False
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.taken = threading.Lock()
+
+    def start(self) -> None:
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def post(self, *values: int) -> None:
+    def post(self, share: int, job: int, thread: int) -> None:
         with self._lock:
-            self._code["post"](self._address, *values)
+            self._code["post"](self._address, share, job, thread)
             if self._asleep:
+                self._wake.put(None)
                 self._asleep = False
-                self._wake.release()
 
     def finish(self) -> None:
-        """Return when it does not work, or never will."""
+        """Take back what has not begun; return when the worker is idle."""
         self._code["finish"](self._address, SPINS)
-        while self._fields[STATE] != IDLE:  # another process has its core
+        while self._fields[STATE] != IDLE:  # it computes its last tile
             time.sleep(1e-4)
+            self._code["finish"](self._address, SPINS)
 
     def _serve(self) -> None:
         while True:
@@ -197,7 +202,7 @@ class _Worker:
                 if self._fields[STATE] == POSTED:
                     continue
                 self._asleep = True
-            self._wake.acquire()
+            self._wake.get()
 
 
 class _Workers:
@@ -208,12 +213,22 @@ class _Workers:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> list[_Worker]:
-        """At most `count` workers that nobody else has; none if the system has no more threads."""
-        with self._lock, contextlib.suppress(RuntimeError):  # "can't start new thread"
-            while len(self._all) < count:
-                self._all.append(_Worker())
+        """At most `count` workers that nobody else has taken."""
+        taken = []
         with self._lock:
-            return [w for w in self._all[:count] if w.taken.acquire(blocking=False)]
+            for worker in self._all:
+                if len(taken) < count and worker.taken.acquire(blocking=False):
+                    taken.append(worker)
+            while len(taken) < count and len(self._all) < max(count, os.cpu_count() or 1):
+                worker = _Worker()
+                try:
+                    worker.start()
+                except RuntimeError:  # the system has no more threads
+                    break
+                worker.taken.acquire()
+                self._all.append(worker)
+                taken.append(worker)
+        return taken
 
 
 _workers = _Workers()
@@ -238,6 +253,18 @@ def share_tiles(threads: int, tiles: int, function: int, arguments: Sequence[Arg
             worker.post(address(share), place, thread)
         share(place, 0)
     finally:
-        for worker in helpers:
-            worker.finish()
-            worker.taken.release()
+        _finish(helpers)
+
+
+def _finish(helpers: Sequence[_Worker]) -> None:
+    """Wait for all of them, whatever is raised meanwhile: they use the caller's memory."""
+    raised = None
+    while helpers:
+        try:
+            helpers[0].finish()
+            helpers[0].taken.release()
+            helpers = helpers[1:]
+        except BaseException as error:  # Ctrl-C
+            raised = error
+    if raised is not None:
+        raise raised

@@ -21,7 +21,7 @@ from llvmlite import ir
 from torch import Tensor, nn
 
 from engine import layers, llvm_gradients, llvm_source, plan
-from engine.plan import FeatureMap
+from engine.plan import FeatureMap, SparseWeight
 from engine.threads import Argument, address, default_threads, share_tiles
 
 # Of the dense network's multiply-adds, in fp32 and in bf16; above it, the dense network is as fast.
@@ -71,11 +71,12 @@ class SparseLayer:
         numbers = torch.empty_like(weight)
         _flat(numbers).copy_(torch.arange(1.0, weight.numel() + 1))
         numbers = numbers * (weight != 0)
+        mirrored = numbers.transpose(0, 1).flip(2, 3)
         y, dx = FeatureMap(0, self.channels, self.size_out, 0), FeatureMap(0, c, size, 0)
         zeros = torch.zeros(self.channels), torch.zeros(c)
+        numbers, mirrored = map(SparseWeight.of, (numbers, mirrored))
         self.products = [plan.product("", numbers, zeros[0], self.padded, y, self.stride, padding)]
         if layer.reads != 0:  # nothing needs the gradient of the image
-            mirrored = numbers.transpose(0, 1).flip(2, 3)
             args = mirrored, zeros[1], self.spread, dx, 1, back
             self.products.append(plan.product("", *args, add=accumulate))
         self.tables = llvm_source.addresses([t for p in self.products for t in p.tables])

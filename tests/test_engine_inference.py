@@ -91,6 +91,19 @@ def test_stems_of_smaller_stride(stem, narrow):
     assert differs(engine, model, images(20)) < 1e-4
 
 
+def test_a_product_of_one_row(narrow):
+    model = models.build("resnet18", 1).eval()
+    engine = inference.SparseResNet(model, 28)
+    assert not engine.largest.products[-1].split
+    assert differs(engine, model, images(20)) < 1e-4
+
+
+def test_the_number_of_threads_is_read_at_each_call(pruned):
+    engine, x = inference.SparseResNet(pruned, 28), images(70)
+    for engine.threads in (1, 3, 2, 1):
+        assert differs(engine, copy.deepcopy(pruned), x) < 1e-4
+
+
 def test_dead_channels_and_empty_layers(narrow_resnet18):
     resnet18 = narrow_resnet18
     with torch.no_grad():
@@ -114,7 +127,7 @@ def test_narrow_vectors_and_few_registers_compute_the_same(narrow_resnet18, monk
 def test_networks_of_one_shape_share_their_code(resnet18, pruned, monkeypatch):
     engine, batch = inference.SparseResNet(prune_to(resnet18, 90_000), 28), images(20)
     before = engine(batch)
-    engine(batch[:2])  # the other kind of code
+    engine(batch[:2])  # another kind of code
     monkeypatch.setattr(llvm_source, "MachineCode", None)
     assert differs(inference.SparseResNet(pruned, 28), pruned, batch[:18]) < 1e-4
     assert torch.equal(engine(batch), before)
@@ -155,7 +168,7 @@ def test_threads_that_share_an_engine_get_what_one_gets():
     engine = inference.SparseResNet(checkpoint.load(WEIGHTS)[0], 28)
     engine.threads = 2  # each call shares its work, however many threads PyTorch has
     parts = [images(2500), -images(2501)[:2500]]
-    batches = (250, 1, 7)  # both kinds of code, compiled while the other thread waits
+    batches = (250, 1, 7)  # several kinds of code, compiled while the other thread waits
 
     def run(x):
         few = [engine(batch) for n in batches[1:] for batch in x[:300].split(n)]

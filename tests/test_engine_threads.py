@@ -55,6 +55,31 @@ def test_a_slow_thread_leaves_its_tiles_to_others():
     assert Counter(calls)[1] > 20
 
 
+def test_an_interrupted_caller_waits_for_the_others(monkeypatch):
+    sleep, ended, raised = time.sleep, [], []
+
+    def function(tile, number, thread):
+        sleep(0.05 + 0.1 * thread)
+        ended.append(tile)
+
+    def interrupted(seconds):
+        if raised:
+            sleep(seconds)
+        else:
+            raised.append(seconds)
+            raise KeyboardInterrupt
+
+    compiled = CALLED(function)
+    arguments = Argument(0, 1), Argument(0), Argument(0, 0, 1)
+    monkeypatch.setattr(threads.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # while the other thread has its tile
+        threads.share_tiles(2, 2, threads.address(compiled), arguments)
+    assert sorted(ended) == [0, 1]
+    monkeypatch.undo()
+    assert not any(worker.taken.locked() for worker in threads._workers._all)
+    assert len(run(2, 30)) == 30
+
+
 def test_who_finds_no_free_thread_works_alone():
     results = {}
 
