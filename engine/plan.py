@@ -174,12 +174,13 @@ def product(
     vectors = _vectors(source, target, stride // source.phases, positions)
     # With few vectors a register would wait for its own last sum: several sums take turns.
     unroll = 4 if len(vectors) == 1 else 2 if len(vectors) <= 4 else 1
-    rows, _, kernel, _ = weight.shape
+    rows, channels, kernel, _ = weight.shape
     live = layers.live_positions(source.size, kernel, stride, padding)
-    live_weights = torch.zeros(weight.shape[1:], dtype=torch.bool)
-    live_weights[:, live, live] = True
-    used = live_weights.flatten()[weight.places % live_weights.numel()]
-    o, c, ky, kx = torch.unravel_index(weight.places[used].long(), weight.shape)
+    places = weight.places.long()
+    ky, kx = places // kernel % kernel, places % kernel
+    used = (ky >= live.start) & (ky < live.stop) & (kx >= live.start) & (kx < live.stop)
+    places, ky, kx = places[used], ky[used], kx[used]
+    o, c = places // (channels * kernel**2), places // kernel**2 % channels
     parts = 1
     if images > 1 and "pool" not in options:
         lines = -(-PIECE // target.size)  # of the output's pixels, computed together
