@@ -98,8 +98,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: at least 1")
-    if args.show and args.show.suffix.lower() not in ("", ".png"):
-        parser.error(f"--show {args.show}: the picture is written as PNG; end its name in .png")
     return args
 
 
@@ -214,6 +212,9 @@ def predict(args: argparse.Namespace) -> None:
         parts, classes, notes = test_images(source), source.classes, list(source.notes)
     notes += [] if args.names else data.order_note(classes)
     classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # of any file
+    if args.show and args.show.suffix.lower() not in ("", ".png"):
+        reason = "the picture is written as PNG; end its name in .png"
+        raise checkpoint.CheckpointError(f"--show {args.show}: {reason}")
     outputs = [path for path in (args.output, args.show) if path is not None]
     for i, path in enumerate(outputs):
         checkpoint.check_output(path, *outputs[:i], *inputs)

@@ -83,15 +83,7 @@ def test_missing_images_and_devices(flags, capsys, tmp_path, monkeypatch):
     assert "absent" in fails([*flags, "--data", str(tmp_path / "absent")], capsys, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        [],
-        ["-w", "x", "--batch-size", "0"],
-        ["-w", "x", "--gray"],
-        ["-w", "x", "--show", "picture.svg"],
-    ],
-)
+@pytest.mark.parametrize("wrong", [[], ["-w", "x", "--batch-size", "0"], ["-w", "x", "--gray"]])
 def test_wrong_usage_is_argparses(wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         predict.main(wrong)
@@ -134,6 +126,11 @@ def test_outputs_that_would_destroy_something_are_refused(flags, capsys, tmp_pat
         ["-o", str(Path(flags[5]) / "t10k-images-idx3-ubyte")],
     ):
         assert "the same file as" in fails([*flags, *bad], capsys, tmp_path)
+
+
+def test_a_picture_that_is_not_a_png_is_refused(flags, capsys, tmp_path):
+    error = fails([*flags, "--show", str(tmp_path / "picture.svg")], capsys, tmp_path)
+    assert "end its name in .png" in error
 
 
 def test_other_class_names_are_refused_and_shown(flags, capsys, tmp_path):
