@@ -256,14 +256,13 @@ def share_tiles(threads: int, tiles: int, function: int, arguments: Sequence[Arg
         _finish(helpers)
 
 
-def _finish(helpers: Sequence[_Worker]) -> None:
+def _finish(helpers: list[_Worker]) -> None:
     """Wait for all of them, whatever is raised meanwhile: they use the caller's memory."""
     raised = None
     while helpers:
         try:
-            helpers[0].finish()
-            helpers[0].taken.release()
-            helpers = helpers[1:]
+            helpers[-1].finish()
+            helpers.pop().taken.release()
         except BaseException as error:  # Ctrl-C
             raised = error
     if raised is not None:
