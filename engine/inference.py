@@ -29,8 +29,9 @@ class _TileRunner:
 
     def __init__(self, tiles: Plan):
         self.images = tiles.images
-        code = llvm_source.compile_once(tiles.shape, functools.partial(self._write, tiles))["run"]
-        self._code, self._address = code, address(code)
+        write = functools.partial(self._write, tiles)
+        self._code = llvm_source.compile_once(tiles.shape, write)["run"]  # lives as long as this
+        self._address = address(self._code)
         self._tables = [table.clone() for table in tiles.tables]  # nobody else can move these
         self._addresses = llvm_source.addresses(self._tables)
         # The last vector may reach beyond the last cell. Where borders are not cleared for each
