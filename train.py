@@ -251,8 +251,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--teacher", nargs="+", metavar="FILE",
         help="weights of the teacher instead of training one; of several, the mean of the logits "
-        "is distilled; none: the student is trained with labels only and is the pruned network's "
-        "teacher",
+        "is distilled; none: the student is trained with labels only, for the teacher's epochs too, "
+        "and is the pruned network's teacher",
     )  # fmt: skip
     add(
         "--student", type=Path, metavar="FILE",
@@ -413,8 +413,10 @@ def chain_settings(
     stages = {n: replace(t, epochs=max(1, round(t.epochs * length))) for n, t in stages.items()}
     whole = args.imagenet or args.student
     teacher_from = "given" if args.teacher else "trained"
-    if args.teacher == ["none"]:
+    if args.teacher == ["none"]:  # the student teaches, and is trained for as long
         teacher_from = "none"
+        both = stages["teacher"].epochs + stages["student"].epochs
+        stages["student"] = replace(stages["student"], epochs=both)
     return {
         **{name: asdict(training) for name, training in stages.items()},
         "batches": asdict(chain.batches),
