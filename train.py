@@ -251,8 +251,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--teacher", nargs="+", metavar="FILE",
         help="weights of the teacher instead of training one; of several, the mean of the logits "
-        "is distilled; none: the student is trained with labels only, for the teacher's epochs too, "
-        "and is the pruned network's teacher",
+        "is distilled; none: the student is trained with labels only, for the teacher's epochs "
+        "too, and is the pruned network's teacher",
     )  # fmt: skip
     add(
         "--student", type=Path, metavar="FILE",
