@@ -305,7 +305,6 @@ def write_predictions(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
     try:
         predict(args)
     except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:

@@ -33,6 +33,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -142,6 +143,8 @@ def run(main: Callable[[], int]) -> int:
     _open_streams()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no advice on its cache folder
     tqdm.monitor_interval = 0  # no thread that watches the bars
+    np.finfo(np.float64)  # before denormal numbers are off: older NumPys warn of their absence
+    torch.set_flush_denormal(True)  # they are ten times slower on a CPU
     try:
         try:
             return main()

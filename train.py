@@ -506,7 +506,6 @@ def default_name(args: argparse.Namespace, settings: dict, source: data.Source) 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_flush_denormal(True)  # denormal weights are ten times slower on a CPU
     try:
         with runtime.process_group(args.device):
             start(args)

@@ -427,7 +427,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--deepsparse {args.deepsparse}: there is no such file")
     if args.only is None:
         return all_parts(sys.argv[1:] if argv is None else argv)
-    torch.set_flush_denormal(True)
     warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
     try:
         device = models.choose_device(args.device)

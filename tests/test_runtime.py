@@ -148,3 +148,15 @@ def test_refusals_of_the_system_are_one_line(error, line, tmp_path):
     assert ended(main, stdout=str(tmp_path / "out"), stderr=str(tmp_path / "err")) == 2
     written = (tmp_path / "err").read_text()
     assert line in written and written.count("\n") == 1
+
+
+def test_denormal_numbers_are_off_without_a_word():
+    """NumPy, which pandas and matplotlib use, warns when it finds none of them."""
+    said = SAID.format("print(numpy.finfo(float).bits, 1e-310 * torch.ones(1, dtype=float).item())")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import numpy, torch\n{said}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "64 0.0\n", "")
