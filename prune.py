@@ -57,16 +57,17 @@ def merge_grey_input_(model: nn.Module) -> None:
 def apply_width_(model: nn.Module, width: float) -> None:
     """Make a new network narrower: zero all but the first `width` of each layer's channels.
 
-    The rest is a network with fewer channels (a multiple of 8, at least 8), initialized as such
-    (He et al., arXiv 1502.01852). Training leaves the zero channels out of its computation
-    (`rewrite.trim_channels_`), so that a step costs about width^2; their BatchNorm parameters still
-    count.
+    The rest is a network with fewer channels (a multiple of 8; of 2 below an eighth of the width),
+    initialized as such (He et al., arXiv 1502.01852). Training leaves the zero channels out of its
+    computation (`rewrite.trim_channels_`), so that a step costs about width^2; their BatchNorm
+    parameters still count.
     """
     if width == 1:
         return
+    step = 8 if width >= 1 / 8 else 2
     with torch.no_grad():
         for weight in weights(model).values():
-            outputs, inputs = (max(1, round(width * n / 8)) * 8 for n in weight.shape[:2])
+            outputs, inputs = (max(1, round(width * n / step)) * step for n in weight.shape[:2])
             if weight.dim() == 4:
                 weight[outputs:] = 0
             if weight.shape[1] > 3:  # not the image

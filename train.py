@@ -331,7 +331,7 @@ def check_combination(args: argparse.Namespace) -> None:
         (not 0 <= args.seed < 10**9, f"--seed {args.seed}: possible are 0 to 999,999,999"),
         (args.quick and args.length, "--quick and --length: choose one"),
         (args.length is not None and not 0.01 <= args.length <= 100, "--length: 0.01 to 100"),
-        (args.width is not None and not 0.1 <= args.width <= 1, "--width: 0.1 to 1"),
+        (args.width is not None and not 0.05 <= args.width <= 1, "--width: 0.05 to 1"),
         (args.no_prune and args.budget, "--no-prune and --budget: choose one"),
         (args.no_prune and args.student, "--no-prune and --student: nothing is left to train"),
         (args.student and args.imagenet, "--student and --imagenet: choose one"),

@@ -149,3 +149,17 @@ def test_the_ladder_takes_the_same_share_each_time_and_ends_at_the_budget():
     steps = prune.geometric_schedule(1_600_000, 100_000, 4)
     assert steps == [800_000, 400_000, 200_000, 100_000]
     assert prune.geometric_schedule(4_228_570, 99_999, 7)[-1] == 99_999
+
+
+@pytest.mark.parametrize(
+    ("width", "channels"), [(1 / 4, (16, 32, 64, 128)), (3 / 32, (6, 12, 24, 48))]
+)
+def test_a_narrow_network_has_a_fraction_of_the_channels(width, channels):
+    model = models.build("resnet18", 10, stem=1)
+    prune.apply_width_(model, width)
+    for layer, n in enumerate(channels, 1):
+        for name in ("0.conv1", "0.conv2", "1.conv1", "1.conv2"):
+            weight = model.get_submodule(f"layer{layer}.{name}").weight
+            used = weight.flatten(1).any(1)
+            assert used[:n].all() and not used[n:].any()
+    assert not model.fc.weight[:, channels[-1] :].any()

@@ -437,7 +437,7 @@ def test_of_several_budgets_each_network_is_kept_and_measured(full, tmp_path):
         (["--name", "a/b"], "--name a/b"),
         (["--seed", "-1"], "--seed -1"),
         (["--length", "2"], "--quick and --length: choose one"),
-        (["--width", "1.5"], "--width: 0.1 to 1"),
+        (["--width", "1.5"], "--width: 0.05 to 1"),
         (["--no-prune", "--budget", "9"], "--no-prune and --budget: choose one"),
         (["--no-prune", "--student", "a.pth"], "--no-prune and --student: nothing is left"),
         (["--student", "a.pth", "--imagenet"], "--student and --imagenet: choose one"),
