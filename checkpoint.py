@@ -5,7 +5,7 @@ A weights file is a dict that `torch.load(weights_only=True)` reads:
     format    "pruned-resnet"
     version   2, or 3 with `bits`
     meta      the network's description: arch, stem, num_classes, classes, image_size, grey,
-              dataset, budget, parameters, and its origin (stage, recipe, seed, commit,
+              dataset, budget, parameters, and its origin (stage, command, seed, commit,
               val_accuracy)
     values    float32: the non-zero conv and linear weights, in the order of the state dict
     bits      if quantized, 2 to 8: `values` are int8 levels of up to 2**(bits - 1) - 1, to be
@@ -438,16 +438,16 @@ def add_image_flags(parser: argparse._ActionsContainer) -> None:
     """The flags that say what `fill_missing_meta_` adds."""
     parser.add_argument(
         "--image-size", type=int, metavar="N",
-        help="side of its images in pixels, if the weights file does not say (28)",
+        help="side of the network's images in pixels, if the weights file does not say (28)",
     )  # fmt: skip
     parser.add_argument(
         "--color",
         action="store_true",
-        help="its images are in color, if the file does not say (default: grayscale)",
+        help="the network's images are in color, if the file does not say (default: grayscale)",
     )
     parser.add_argument(
         "--stem", type=int, choices=models.STEMS,
-        help="total stride of its stem, if the file does not say (4 if 7x7, 1 if 3x3)",
+        help="total stride of the network's stem, if the file does not say (4 if 7x7, 1 if 3x3)",
     )  # fmt: skip
 
 

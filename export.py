@@ -310,10 +310,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "-o", "--output", type=checkpoint.output_path, metavar="FILE",
-        help="default: FILE.onnx, FILE.c or FILE-<N>bit.pth, beside the weights; - for standard "
-        "output",
+        help="default: beside the weights, named after them and --bits, as NAME.onnx, NAME.c, "
+        "NAME-8bit.c or NAME-8bit.pth; - for standard output",
     )  # fmt: skip
-    parser.add_argument("--c", action="store_true", help="C99 instead of ONNX")
+    parser.add_argument("--c", action="store_true", help="write C99; without --c and --bits, ONNX")
     parser.add_argument(
         "--bits", type=int, default=32, choices=checkpoint.BITS, metavar="N",
         help="bits per weight, 2 to 8 or 16: writes a weights file, or with --c a C file",

@@ -56,12 +56,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder with the data set, or an image folder with test/ (default: found or fetched)",
+        help="without IMAGES: folder with the data set, or an image folder with test/ (default: "
+        "found or fetched)",
     )
     what.add_argument(
         "--invert",
         action="store_true",
-        help="make dark images on white, such as photographs, light on black, as Fashion-MNIST is",
+        help="invert images that are dark on white; those of Fashion-MNIST are light on black",
     )
     checkpoint.add_image_flags(what)
     result = parser.add_argument_group("what is written")

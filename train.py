@@ -230,12 +230,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="the whole chain on 5,000 images, about 5 minutes")
     add(
         "--length", type=float, metavar="F",
-        help="factor of the epochs of all stages (default: 1, on a GPU 4)",
+        help="factor of the epochs of all stages, not with --quick (default: 1, on a GPU 4)",
     )  # fmt: skip
     add(
         "--budget", type=int, nargs="+", metavar="N",
-        help="parameters that are left (default: 100000); of several, largest first, each is "
-        "pruned from the one before, kept and measured",
+        help="parameters that are left (default: 100000); with several, the network of each size "
+        "is pruned from the next larger one, kept and measured",
     )  # fmt: skip
     add("--no-prune", action="store_true", help="stop after the unpruned student")
     add = parser.add_argument_group("networks").add_argument
@@ -246,13 +246,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add(
         "--width", type=float, metavar="F",
-        help="fraction of the student's channels (default: 1, with --stem 1 a quarter)",
+        help="fraction of the student's channels (default: 1; a quarter with --stem 1; at most a "
+        "half with --quick)",
     )  # fmt: skip
     add(
         "--teacher", nargs="+", metavar="FILE",
-        help="weights of the teacher instead of training one; of several, the mean of the logits "
-        "is distilled; none: the student is trained with labels only, for the teacher's epochs "
-        "too, and is the pruned network's teacher",
+        help="weights of the teacher instead of training one; the mean of the logits of several is "
+        "distilled. With --teacher none the student is trained with labels only, for the epochs of "
+        "both, and then teaches its pruned version",
     )  # fmt: skip
     add(
         "--student", type=Path, metavar="FILE",

@@ -74,22 +74,27 @@ def sizes(results: Path, published: Path) -> bytes:
     """A PNG of test accuracy against parameters, of `results` (results.csv) and of others
     (published.csv).
 
-    A run that kept networks of several sizes is a line. Of other commands, those with several seeds
-    are stars: the mean and, as a bar, lowest and highest.
+    A run that kept networks of several sizes is a line. Of the other commands, one is a star for
+    each stem and number of parameters: that with most seeds and, of several, the best validation
+    accuracy. It is drawn at the mean over the seeds; a bar goes from the lowest to the highest.
     """
     rows = pd.read_csv(results)
     rows["accuracy"] = 100 * rows.pruned_test.fillna(rows.student_test)
+    of_command = rows.groupby(["command", "stem"])
+    rows["line"] = of_command.parameters.transform("nunique") > 1
+    # Validation accuracies are at most 1, and seeds whole numbers: one number orders by both.
+    rows["order"] = rows.pruned_val.fillna(rows.student_val)
+    rows["order"] = of_command.order.transform("mean") + of_command.seed.transform("nunique")
+    best = rows[~rows.line].groupby(["stem", "parameters"]).order.transform("max")
+    rows = rows[rows.line | (rows.order == best.reindex(rows.index))]
     figure, axes = plt.subplots(figsize=(10.5, 6.5), layout="constrained")
     drawn = []
     for (_, stem), part in rows.groupby(["command", "stem"]):
         ours = part.groupby("parameters").accuracy.agg(["mean", "min", "max", "count"])
         line, seeds = len(ours) > 1, int(ours["count"].max())
-        if not line and seeds == 1:
-            continue
-        best = ours["mean"].idxmax()
-        name = part["name"].iloc[0].rpartition("-seed")[0]
-        label = f"ours, {name}: {ours['mean'].max():.2f}% at {best:,}, "
-        label += f"{seeds} seed{'s' * (seeds > 1)}"
+        label = f"ours, stem of stride {stem}: {ours['mean'].max():.2f}% at "
+        label += f"{ours['mean'].idxmax():,}, {seeds} seed{'s' * (seeds > 1)}"
+        label += ", each pruned from the larger one" * line
         bars = axes.errorbar(
             ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
             fmt="o-" if line else "*", markersize=5 if line else 12, color=COLORS[stem],

@@ -84,34 +84,37 @@ def test_a_hundred_classes_can_be_read(monkeypatch):
     assert all(a.y0 >= b.y1 for a, b in itertools.pairwise(boxes))  # none on the next
 
 
-def test_sizes_has_a_line_for_several_budgets_and_a_star_for_several_seeds(tmp_path, monkeypatch):
+def test_sizes_has_a_line_for_several_budgets_and_a_star_for_the_best_command(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(plots, "_png", lambda figure: figure)
     results = tmp_path / "results.csv"
     rows = [
-        *(
-            f"ladder-seed0,train.py --budget,4,0,{n},0.92,0.9{n // 10_000}"
-            for n in (20_000, 50_000)
-        ),
-        *(f"three-seed{seed},train.py,4,{seed},100000,0.92,0.93{seed}" for seed in (0, 2, 4)),
-        "one-seed0,train.py --imagenet,4,0,100000,0.92,0.95",
-        *(f"dense-seed{seed},train.py --no-prune,2,{seed},11173962,0.94," for seed in (0, 1)),
+        *(f"train.py --budget,4,0,{n},0.9,0.92,0.9,0.9{n // 10_000}" for n in (20_000, 50_000)),
+        *(f"train.py,4,{seed},100000,0.9,0.92,0.93,0.93{seed}" for seed in (0, 2, 4)),
+        *(f"train.py --length 1,4,{seed},100000,0.9,0.92,0.92,0.95" for seed in (0, 1, 2)),
+        "train.py --imagenet,4,0,100000,0.9,0.92,0.95,0.95",
+        "train.py --stem 1,1,0,100000,0.9,0.92,0.95,0.96",
+        *(f"train.py --no-prune,2,{seed},11173962,0.9,0.94,," for seed in (0, 1)),
     ]
-    header = "name,command,stem,seed,parameters,student_test,pruned_test"
+    header = "command,stem,seed,parameters,student_val,student_test,pruned_val,pruned_test"
     results.write_text("\n".join([header, *rows]))
     axes = plots.sizes(results, PUBLISHED).axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[:3] == [
-        "ours, ladder: 95.00% at 50,000, 1 seed",
-        "ours, dense: 94.00% at 11,173,962, 2 seeds",
-        "ours, three: 93.20% at 100,000, 3 seeds",
+    assert labels[:4] == [
+        "ours, stem of stride 4: 95.00% at 50,000, 1 seed, each pruned from the larger one",
+        "ours, stem of stride 1: 96.00% at 100,000, 1 seed",
+        "ours, stem of stride 2: 94.00% at 11,173,962, 2 seeds",
+        "ours, stem of stride 4: 93.20% at 100,000, 3 seeds",
     ]
-    assert len(labels) == 3 + len(plots.KINDS)
+    assert len(labels) == 4 + len(plots.KINDS)
 
 
 def test_figures_of_the_first_release_are_hollow(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "_png", lambda figure: figure)
     results = tmp_path / "results.csv"
-    results.write_text("name,command,stem,seed,parameters,student_test,pruned_test\n")
+    header = "command,stem,seed,parameters,student_val,student_test,pruned_val,pruned_test\n"
+    results.write_text(header)
     axes = plots.sizes(results, PUBLISHED).axes[0]
     drawn = {line.get_ydata()[0]: line.get_markerfacecolor() for line in axes.get_lines()}
     published = pd.read_csv(PUBLISHED)
