@@ -7,11 +7,13 @@ Fashion-MNIST by default; by name, other data sets of torchvision; or an image f
 import contextlib
 import gzip
 import hashlib
+import itertools
 import math
 import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
 import unicodedata
@@ -52,6 +54,14 @@ LUMINANCE = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
 VALIDATION = 5000  # images held out for validation, at most a fifth, the same share of each class
 # By the names of --dataset, apart from fashion-mnist, which has sources of its own.
 TORCHVISION = {"mnist": "MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
+# Images of each class, in training and test set. torchvision does not look into unpacked IDX files.
+LABEL_COUNTS = {
+    "mnist": (
+        (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
+        (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
+    ),
+    "kmnist": ((6000,) * 10, (1000,) * 10),
+}
 DATASETS = ("fashion-mnist", *TORCHVISION)
 FLIPPABLE = ("fashion-mnist", "cifar10", "folder")  # whose mirrored images still are of their class
 SPLITS = {  # names of the folders in an image folder, in small or capital letters
@@ -154,7 +164,20 @@ def find_for_weights(weights: str | Path, meta: dict, folder: str | Path | None 
 
 
 def _torchvision(dataset: str, path: Path, train: bool):
-    """torchvision's data set, downloaded if it is not in `path`."""
+    """torchvision's data set, downloaded if it is not in `path`. Raises DataError."""
+    found = _find_torchvision(dataset, path, train)
+    if dataset in LABEL_COUNTS:
+        labels = np.asarray(found.targets, np.uint8)
+        header = struct.pack(">BBBBI", 0, 0, 8, 1, len(labels))
+        digest = hashlib.md5(header + labels.tobytes(), usedforsecurity=False).hexdigest()
+        counts = tuple(np.bincount(labels, minlength=10))
+        if digest in CONTENT_MD5 or counts != LABEL_COUNTS[dataset][not train]:
+            place = path / TORCHVISION[dataset] / "raw"
+            raise DataError(f"{place}: its files have other labels than those of {dataset}")
+    return found
+
+
+def _find_torchvision(dataset: str, path: Path, train: bool):
     import torchvision
 
     kind = getattr(torchvision.datasets, TORCHVISION[dataset])
@@ -219,15 +242,19 @@ def _why_not(folder: Path) -> str:
         return "is not a folder" if folder.exists() else "there is no such folder"
     places = _folders(folder)
     needed = "neither the four Fashion-MNIST files (*-ubyte.gz) nor a folder train/ are there"
-    for place in places:
-        if _splits(place):
-            return f"{needed}; did you mean {place}?"
+    with contextlib.suppress(DataError):  # of folders that are not asked for
+        for place in itertools.islice(_folders_below(folder), 1000):
+            if _splits(place):
+                return f"{needed}; did you mean {place}?"
     classes = [place for place in places if image_files(place)]
-    if any(image_files(inner) for place in classes for inner in _folders(place)):
+    if outer := [p for p in classes if any(image_files(inner) for inner in _folders(p))]:
         known = "/, ".join(names[0] for names in SPLITS.values())
-        return f"{needed}; rename those with folders of classes ({_names(classes)}) to {known}/"
+        return f"{needed}; rename those with folders of classes ({_names(outer)}) to {known}/"
     if classes:
-        return f"{needed}; its folders with images ({_names(classes)}) belong into {folder}/train/"
+        return (
+            f"{needed}; its folders with images ({_names(classes)}) belong into {folder}/train/ "
+            "for training, or into test/ for predictions"
+        )
     return needed
 
 
@@ -492,10 +519,9 @@ def _folder_source(folder: Path, splits: dict[str, Path], image_size: int) -> So
     if unused := [p for p in _folders(folder) if p not in splits.values()]:
         known = ", ".join("/".join(names) for names in SPLITS.values())
         notes.append(f"{folder}: not used: {_names(unused)}; used are {known}")
+    loose = [path for path in _files(folder) if is_image(path)]
     for split, members in found.items():
-        loose = [p for p in sorted(splits[split].iterdir()) if p.is_file() and has_suffix(p.name)]
-        if loose := [path for path in loose if not path.name.startswith(".")]:
-            notes.append(f"left out, in no folder of a class ({len(loose)}): {_some(loose)}")
+        loose += _files(splits[split])
         for name, places in members.items():
             if name not in classes:
                 raise DataError(f"{places[0]}: there is no such class in {first}")
@@ -510,6 +536,8 @@ def _folder_source(folder: Path, splits: dict[str, Path], image_size: int) -> So
                 others += more
         if split == next(iter(splits)):
             in_first = len(files)
+    if loose:
+        notes.append(f"left out, in no folder of a class ({len(loose)}): {_some(loose)}")
     modes, said = inspect(files, others)
     grey = set(GREY).issuperset(modes[:in_first])
     return Source("folder", folder, classes, image_size, grey, splits, (*notes, *said))
@@ -547,6 +575,18 @@ def _folders(place: Path) -> list[Path]:
         return sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError as error:
         raise DataError(f"{place}: cannot be read ({error.strerror})") from None
+
+
+def _folders_below(folder: Path) -> Iterator[Path]:
+    """All folders below `folder`, those of a level before those of the next."""
+    level = [folder]
+    while level := [inner for place in level for inner in _folders(place)]:
+        yield from level
+
+
+def _files(place: Path) -> list[Path]:
+    """The files in `place`, sorted, but for hidden ones."""
+    return sorted(p for p in place.iterdir() if p.is_file() and not p.name.startswith("."))
 
 
 def _names(folders: Sequence[Path]) -> str:

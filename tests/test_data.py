@@ -230,9 +230,22 @@ def test_half_an_mnist_in_our_cache_is_fetched_again(nowhere, monkeypatch):
             self.targets = torch.arange(5)
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", Fake)
+    monkeypatch.setitem(data.LABEL_COUNTS, "mnist", ((1,) * 5 + (0,) * 5,) * 2)
     (nowhere / "MNIST").mkdir(parents=True)
     (nowhere / "MNIST" / "raw").write_text("half")
     assert len(data.load(data.find(dataset="mnist"), "test")[0]) == 5
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "kmnist"])
+def test_unpacked_files_of_another_data_set_are_not_taken_for_it(dataset, tmp_path):
+    """torchvision looks at their names alone. KMNIST has as many images of a class as they."""
+    raw = tmp_path / data.TORCHVISION[dataset] / "raw"
+    raw.mkdir(parents=True)
+    for name in data.FILES:
+        with data._unpacked(data._idx_path(data.find().path, name)) as file:
+            (raw / name).write_bytes(file.read())
+    with pytest.raises(data.DataError, match=f"raw: its files have other .* those of {dataset}"):
+        data.find(tmp_path, dataset)
 
 
 def test_fashion_mnists_validation_images_stay_the_same():

@@ -254,6 +254,7 @@ def test_all_files_that_cannot_be_read_are_named(folder, tmp_path, tiny, capsys)
         ("classes alone", "its folders with images (left/, middle/, right/) belong into"),
         ("other names", "rename those with folders of classes (test_set/, training_set/)"),
         ("folder above", "did you mean"),
+        ("two above", "did you mean"),
         ("by name", "give --dataset or --data, not both"),
         ("empty class", "no images of this class"),
         ("one class", "at least two"),
@@ -274,9 +275,10 @@ def test_folders_that_cannot_be_trained_on(change, message, folder, tiny, capsys
     if change == "other names":
         (folder / "train").rename(folder / "training_set")
         (folder / "test").rename(folder / "test_set")
-    if change == "folder above":
-        (folder.parent / "above").mkdir()
-        folder = folder.rename(folder.parent / "above" / "own").parent
+    if change.endswith("above"):
+        above = folder.parent / "above" / ("x" if change == "two above" else "")
+        above.mkdir(parents=True)
+        folder = folder.rename(above / "own").parents[change == "two above"]
     if change == "by name":
         more = ["--dataset", "kmnist"]
     if change == "empty class":
@@ -319,6 +321,7 @@ def test_torchvisions_data_sets_by_name(name, monkeypatch, tmp_path):
                 self.targets = [i % 10 for i in range(n)]
 
     monkeypatch.setattr(torchvision.datasets, name.upper(), Fake)
+    monkeypatch.setitem(data.LABEL_COUNTS, "mnist", ((5,) * 10, (2,) * 10))
     source = data.find(tmp_path, name)
     size = {"mnist": 28, "cifar10": 32}[name]
     assert (source.image_size, source.grey) == (size, name == "mnist")
@@ -579,10 +582,15 @@ def test_all_that_pillow_decodes_is_read_and_the_rest_is_named(folder, tmp_path,
         (place / name).write_text("")
     with Image.open(place / "0.png") as image:
         image.save(folder / "test" / "loose.png")
+        image.save(folder / "train" / "no suffix", "webp")
+        image.save(folder / "above.png")
+    (folder / "train" / "notes.csv").write_text("")
+    (folder / "LICENSE").write_text("no image")
     source = data.find(folder)
     assert data.load(source, "train")[1].bincount().tolist() == [34, 30, 30]
     loose, left_out = source.notes
-    assert "left out, in no folder of a class (1)" in loose and "loose.png" in loose
+    assert "left out, in no folder of a class (4)" in loose and "LICENSE" not in loose
+    assert all(name in loose for name in ("loose.png", "no suffix", "above.png", "notes.csv"))
     assert "not images that Pillow decodes (3)" in left_out and "hidden" not in left_out
     assert all(name in left_out for name in ("a.heic", "b.eps", "c.txt"))
 
