@@ -68,6 +68,9 @@ pruned_resnet18 = _shipped(
 pruned_resnet18_stem2 = _shipped(
     "pruned_resnet18-stem2.pth", "The same with a stem of stride 2: more accurate, more computation"
 )
+pruned_resnet18_stem1 = _shipped(
+    "pruned_resnet18-stem1.pth", "The same with a stem of stride 1: the most accurate, the slowest"
+)
 
 
 def resnet18(num_classes: int = 10, stem: int = 4, imagenet: bool = False):

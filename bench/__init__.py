@@ -3,4 +3,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = (ROOT / "pruned_resnet18.pth", ROOT / "pruned_resnet18-stem2.pth")
+SHIPPED = tuple(ROOT / f"pruned_resnet18{kind}.pth" for kind in ("", "-stem2", "-stem1"))

@@ -86,8 +86,12 @@ def included_table(networks: dict) -> str:
     """The included networks: accuracy before and after pruning, and cost."""
     rows, lines = results(), []
     for path in SHIPPED:
-        row, network = row_of(path), networks[path.name]
-        same, rates = rows[rows.command == row.command], network["images/s"]["this project"]
+        row, network = row_of(path), networks.get(path.name)
+        same, cost = rows[rows.command == row.command], ["not measured yet"] * 2
+        if network is not None:
+            rates = network["images/s"]["this project"]
+            cost = [f"{network['multiply_adds'] / 1e6:.2f} M"]
+            cost += [f"{rates['batch 1']:,} / {rates['batch 256']:,}"]
         older = "--recipe" in row.command  # a flag that train.py had once
         lines.append(
             [
@@ -95,16 +99,16 @@ def included_table(networks: dict) -> str:
                 STEMS[row.stem],
                 percent(unpruned(each, rows) for _, each in same.iterrows()),
                 f"**{percent(same.pruned_test)}**",
-                f"{network['multiply_adds'] / 1e6:.2f} M",
-                f"{rates['batch 1']:,} / {rates['batch 256']:,}",
+                len(same),
+                *cost,
                 round(path.stat().st_size / 1000),
                 "[older commands](docs/accuracy.md#included-networks)"
                 if older
                 else f"`{row.command}`",
             ]
         )
-    header = "weights | stem | unpruned | pruned | multiply-adds | images/s, batch 1 / 256 | kB"
-    return markdown(f"{header} | trained by", lines)
+    header = "weights | stem | unpruned | pruned | seeds | multiply-adds | images/s, batch 1 / 256"
+    return markdown(f"{header} | kB | trained by", lines)
 
 
 def commands_table() -> str:

@@ -137,6 +137,7 @@ def test_only_networks_are_entry_points():
     import hubconf
 
     names = {n for n, v in vars(hubconf).items() if callable(v) and not n.startswith("_")}
-    assert names == {"pruned_resnet18", "pruned_resnet18_stem2", *models.ARCHITECTURES}
+    shipped = {path.stem.replace("-", "_") for path in tables.SHIPPED}
+    assert names == shipped | {*models.ARCHITECTURES}
     assert all(getattr(hubconf, name).__doc__ for name in names)
     assert {"torch", "torchvision"} <= set(hubconf.dependencies)
