@@ -222,12 +222,14 @@ def sparse_is_faster(model: nn.Module, image_size: int, device: torch.device) ->
 
 
 def sparse_copy(model: nn.Module, grey: bool) -> nn.Module:
-    """The network that plans are made from: `model` with BatchNorm folded and sparse weights of the
-    convolutions, for images of one channel or of three."""
+    """The network that plans are made from: `model` with BatchNorm folded, without channels that
+    have no weights, and with sparse weights of the convolutions, for images of one channel or of
+    three."""
     network = rewrite.fold_batchnorm(model).cpu().float().requires_grad_(False)
     if grey:  # three equal channels are one, with the sum of their weights
         conv = network.conv1
         rewrite.replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
+    rewrite.trim_channels_(network)
     for layer in layers.layers(network):
         weight = SparseWeight.of(layer.conv.weight)
         del layer.conv.weight  # the parameter

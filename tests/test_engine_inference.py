@@ -116,6 +116,17 @@ def test_dead_channels_and_empty_layers(narrow_resnet18):
     assert differs(engine, resnet18.eval(), images(20)) < 1e-4
 
 
+def test_channels_without_weights_take_neither_memory_nor_time(resnet18):
+    prune.apply_width_(resnet18, 1 / 4)
+    for norm in (m for m in resnet18.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(norm.bias)  # where no weight is, a constant that nothing reads
+    model = resnet18.eval()
+    engine = inference.SparseResNet(model, 28)
+    sizes = [(p.source.channels, p.target.channels) for p in engine.largest.products[1:]]
+    assert sizes[:2] == [(16, 16)] * 2 and sizes[-2:] == [(128, 128), (128, 10)]
+    assert differs(engine, model, images(20)) < 1e-4
+
+
 def test_narrow_vectors_and_few_registers_compute_the_same(narrow_resnet18, monkeypatch):
     model = prune_to(narrow_resnet18, 50_000)
     for lanes, registers in ((8, 16), (4, 32), (4, 16)):
