@@ -173,7 +173,10 @@ def _torchvision(dataset: str, path: Path, train: bool):
         counts = tuple(np.bincount(labels, minlength=10))
         if digest in CONTENT_MD5 or counts != LABEL_COUNTS[dataset][not train]:
             place = path / TORCHVISION[dataset] / "raw"
-            raise DataError(f"{place}: its files have other labels than those of {dataset}")
+            raise DataError(
+                f"{place}: its files have other labels than {dataset}'s; move it away to have "
+                "them fetched"
+            )
     return found
 
 
