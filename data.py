@@ -181,6 +181,7 @@ def _torchvision(dataset: str, path: Path, train: bool):
 
 
 def _find_torchvision(dataset: str, path: Path, train: bool):
+    """As `_torchvision`, whatever its files contain."""
     import torchvision
 
     kind = getattr(torchvision.datasets, TORCHVISION[dataset])

@@ -252,6 +252,7 @@ def test_all_files_that_cannot_be_read_are_named(folder, tmp_path, tiny, capsys)
         ("no train", "has no folder train/"),
         ("two names", "train/, training/ are all for the split train"),
         ("classes alone", "its folders with images (left/, middle/, right/) belong into"),
+        ("classes alone", "/train/ for training, or into test/ for predictions"),
         ("other names", "rename those with folders of classes (test_set/, training_set/)"),
         ("folder above", "did you mean"),
         ("two above", "did you mean"),
