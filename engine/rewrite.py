@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from engine import layers
 
+MATMUL_SIZE = 13  # pixels a side of the largest map whose weight gradient is a matrix product
 UNFOLDED = 2**24  # bytes of unfolded input at a time: what a cache holds
 BLOCK = 16  # channels that onnxruntime computes together; other multiples are slow
 
@@ -165,7 +166,9 @@ class MatmulConv2d(nn.Conv2d):
 
     The same function and, but for rounding, the same gradients. A training step of 256 images in
     bf16 on two AVX-512/AMX cores, with `trim_`: ResNet18 333 -> 125 to 157 ms, ResNet50 1,160 ->
-    390 ms.
+    390 ms. On large maps unfolding costs more than it saves: a quarter of ResNet18's channels at
+    stride 1 takes 400 ms with products on all maps, 275 with oneDNN's gradients on those of 28 and
+    14 pixels a side.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +185,8 @@ class MatmulConv2d(nn.Conv2d):
             x = x.permute(0, 2, 3, 1).flatten(1)
             weight = weight.permute(0, 2, 3, 1).flatten(1)
             return F.linear(x, weight, bias)[:, :, None, None]
-        if torch.is_grad_enabled() and bias is None:
+        small = (size + 2 * padding - kernel) // stride + 1 <= MATMUL_SIZE
+        if small and bias is None and torch.is_grad_enabled():
             if torch.is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu")
                 x, weight = x.to(dtype), weight.to(dtype)
@@ -193,9 +197,9 @@ class MatmulConv2d(nn.Conv2d):
 class _Conv2dMatmulWeightGrad(torch.autograd.Function):
     """conv2d whose weight gradient is a sum of matrix products over the unfolded input.
 
-    oneDNN's own gradient is no faster, and much slower on small feature maps. Its threads spin
-    while they wait for each other, whatever OpenMP's policy: beside one busy process a step took 30
-    times as long.
+    oneDNN's own gradient is much slower on small feature maps. Its threads spin while they wait for
+    each other, whatever OpenMP's policy: beside one busy process a step of the stock network took
+    30 times as long.
     """
 
     @staticmethod

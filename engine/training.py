@@ -28,7 +28,7 @@ from engine.threads import Argument, address, default_threads, share_tiles
 # dense network's, in fp32 and in bf16, and so many for each activation. A dense step of few
 # channels spends most of its time on activations, and takes longer for one than a sparse step.
 MAX_MAC_RATIO = 1 / 4, 1 / 6
-ACTIVATION_MACS = 60
+ACTIVATION_MACS = 50
 
 
 def _flat(x: Tensor) -> Tensor:
