@@ -53,7 +53,7 @@ class Training:
     kd_weight: float = 0.5  # of the distillation loss, if there is a teacher; labels have the rest
     temperature: float = 4.0
     augment_period: int = 0  # augmented batches repeat after so many epochs, so that teacher logits
-    # can be cached; 0: they never repeat
+    # can be cached, and unaugmented ones as often; 0: they never repeat
 
 
 @dataclass(frozen=True)
@@ -263,10 +263,14 @@ def is_unaugmented(epoch: int, epochs: int) -> bool:
 
 
 def augment_epoch(epoch: int, training: Training) -> int:
-    """The first epoch with the same augmented batches as `epoch`."""
-    epochs = training.epochs
-    first = math.ceil((1 - UNAUGMENTED) * epochs) if is_unaugmented(epoch, epochs) else 0
-    return first + (epoch - first) % (training.augment_period or epochs)
+    """The first epoch with the same batches as `epoch`."""
+    if not training.augment_period:
+        return epoch
+    augmented = math.ceil((1 - UNAUGMENTED) * training.epochs)
+    if epoch < augmented:
+        return epoch % training.augment_period
+    passes = math.ceil(augmented / training.augment_period)  # the unaugmented epochs have as many
+    return augmented + (epoch - augmented) % math.ceil((training.epochs - augmented) / passes)
 
 
 def distinct_epochs(training: Training, done: int = 0) -> int:

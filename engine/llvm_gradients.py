@@ -218,7 +218,7 @@ class TrainingCode(Code):
                 held = [self._load(b, at, place) for _, place in piece]
 
                 def weight(k: ir.Value, begin=begin, piece=piece, held=held) -> None:
-                    shifted = self._at(b, source, self._integer(b, offsets, k))
+                    shifted = self._one_register(b, source, self._integer(b, offsets, k))
                     kept = b.sub(k, start)
                     total = self._load(b, partial, kept) if begin else self.zero
                     for (read, _), factor in zip(piece, held, strict=True):

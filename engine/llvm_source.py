@@ -92,6 +92,12 @@ class Code:
         offset = I64(offset) if isinstance(offset, int) else offset
         return b.gep(base, [offset], source_etype=self.cell)
 
+    def _one_register(self, b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
+        """This address as a sum that is made once. LLVM would leave it to each load, and on Intel's
+        processors a multiply-add whose operand is at the sum of two registers is two operations."""
+        at = self._at(b, base, offset)
+        return b.asm(ir.FunctionType(PTR, [PTR]), "", "=r,0", [at], False)
+
     def _load(self, b: ir.IRBuilder, base: ir.Value, offset, typ: ir.Type = None) -> ir.Value:
         return b.load(self._at(b, base, offset), typ=typ or self.cell, align=4 * self.images)
 
@@ -171,7 +177,7 @@ class Code:
                     for i in range(p.unroll):
                         at = b.add(k, I64(i))
                         value = self._splat(b, self._float(b, values, at), vector)
-                        shifted = self._at(b, source, self._integer(b, offsets, at))
+                        shifted = self._one_register(b, source, self._integer(b, offsets, at))
                         for v in piece:
                             x = self._load(b, shifted, v.read, vector)
                             new.append(b.call(multiply_add, [x, value, sums[len(new)]]))

@@ -22,8 +22,8 @@ MAX_IMAGE_SIZE = 64  # pixels a side of the images for `inference.py`, whose cod
 MAX_DENSITY = 1 / 4  # of the weights that can matter; above it, dense products are as fast
 # A part of the input channels is to stay in the L1 cache, 32 or 48 kB, while all rows add its
 # weights. Each part reads and writes the sums once more, so a row must have some weights in it.
-L1_BYTES = 32_000
-PART_WEIGHTS = 10
+L1_BYTES = 36_000
+PART_WEIGHTS = 6
 PIECE = 28  # positions at a time, with 32 registers
 
 

@@ -236,11 +236,21 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_views_are_the_crops_of_the_first_epochs_and_whole_images_of_their_own():
+def test_augmented_and_unaugmented_batches_repeat_equally_often():
     stage = distill.Training(12, augment_period=4)
-    views = [distill.augment_epoch(epoch, stage) for epoch in range(12)]
-    assert views == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 10, 11]
-    assert (distill.distinct_epochs(stage), distill.distinct_epochs(stage, 8)) == (7, 4)
+    drawn = [distill.augment_epoch(epoch, stage) for epoch in range(12)]
+    assert drawn == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 9, 9]
+    assert (distill.distinct_epochs(stage), distill.distinct_epochs(stage, 8)) == (5, 2)
+    drawn = [
+        distill.augment_epoch(epoch, distill.Training(60, augment_period=15)) for epoch in range(60)
+    ]
+    assert drawn == 3 * list(range(15)) + 3 * list(range(45, 50))
+    for epochs in range(1, 80):  # the last ones, and no other, are unaugmented
+        stage = distill.Training(epochs, augment_period=15)
+        for epoch in range(epochs):
+            drawn = distill.augment_epoch(epoch, stage)
+            assert drawn <= epoch
+            assert distill.is_unaugmented(drawn, epochs) == distill.is_unaugmented(epoch, epochs)
     assert [distill.augment_epoch(epoch, distill.Training(12)) for epoch in range(12)] == list(
         range(12)
     )
@@ -285,10 +295,10 @@ def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, t
         return done.state_dict()
 
     whole, steps = fit(), images.passes * images.steps
-    assert len(asked) == 4 * steps  # two epochs of crops, two of whole images
-    assert len({tuple(batch.flatten().tolist()) for batch in asked}) == 4 * steps
+    assert len(asked) == 3 * steps  # two epochs of augmented batches, one of unaugmented ones
+    assert len({tuple(batch.flatten().tolist()) for batch in asked}) == 3 * steps
     again = fit(states[3])
-    assert len(asked) == 4 * steps  # asked anew: nothing of it is in the state
+    assert len(asked) == 3 * steps  # asked anew: nothing of it is in the state
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
