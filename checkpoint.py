@@ -223,6 +223,8 @@ def check_output(path: Path, *others: Path) -> None:
             with target.open("r+b"):  # also tells a file on a read-only mount, or immutable
                 pass
         else:
+            if not target.parent.is_dir():
+                raise OSError(0, f"there is no folder {target.parent}")
             with tempfile.TemporaryFile(dir=target.parent):
                 pass
     except OSError as error:
@@ -298,7 +300,7 @@ def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
     if bits == 16:
         flat = flat.where(flat == 0, flat.sign() * flat.abs().clamp(min=SMALLEST_HALF)).half()
         if not flat.isfinite().all():
-            raise CheckpointError(f"{path}: not written, a weight is too large for half precision")
+            raise CheckpointError("--bits 16: a weight is too large for half precision; try 8")
     elif bits < 16:
         whole, scales = zip(*(quantize(state[name], bits) for name in prunable[1:]), strict=True)
         flat = torch.cat([torch.zeros(len(first), dtype=torch.int8), *(w.flatten() for w in whole)])
@@ -423,14 +425,18 @@ def load(
     else:
         model, meta = _from_state_dict(path, content, stem)
     if stem not in (None, meta["stem"]):
-        raise CheckpointError(f"{path}: its stem is {meta['stem']}, not {stem}")
+        raise CheckpointError(
+            f"{path}: --stem {stem}, but its stem is {meta['stem']}; leave --stem out"
+        )
     if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
         raise CheckpointError(f"{path}: has weights that are not finite")
     parameters = prune.count(model)
     if parameters != meta.setdefault("parameters", parameters):
         raise CheckpointError(f"{path}: says {meta['parameters']} parameters, but has {parameters}")
     if parameters > meta.get("budget", parameters):
-        raise CheckpointError(f"{path}: has {parameters} parameters, over its {meta['budget']}")
+        raise CheckpointError(
+            f"{path}: has {parameters:,} parameters, more than its budget of {meta['budget']:,}"
+        )
     return model.to(device).eval(), meta
 
 
@@ -461,7 +467,7 @@ def fill_missing_meta_(
     """
     if image_size is not None and not data.SIZES[0] <= image_size <= data.SIZES[1]:
         raise CheckpointError(
-            f"--image-size {image_size}: possible are {data.SIZES[0]} to {data.SIZES[1]}"
+            f"--image-size {image_size}: must be from {data.SIZES[0]} to {data.SIZES[1]}"
         )
     silent = "image_size" not in meta
     for key, said, default in (
@@ -470,13 +476,16 @@ def fill_missing_meta_(
     ):
         known = meta.setdefault(key, default if said is None else said)
         if said not in (None, known):
-            flag = "--color" if key == "grey" else f"--image-size {said}"
-            raise CheckpointError(f"{path}: {flag}, but it is for {_images(meta)} images")
+            flag, value = ("--color", "") if key == "grey" else ("--image-size", f" {said}")
+            raise CheckpointError(
+                f"{path}: {flag}{value}, but it is for {_images(meta)} images; leave {flag} out"
+            )
     notes = []
-    if silent and (image_size is None or (stem is None and meta["stem"] == 1)):
+    if silent and not (image_size and color and (stem or meta["stem"] != 1)):
         guess = ", stem 1" if meta["stem"] == 1 else ""
         notes.append(
-            f"{path} does not say what images it is for: taken to be {_images(meta)}{guess}"
+            f"{path} does not say what images it is for: taken to be {_images(meta)}{guess}; "
+            "--image-size, --color and --stem say otherwise"
         )
     if note := pop_ignored_(meta, path):
         notes.append(note)
@@ -524,7 +533,9 @@ def _from_file(path: str | Path, content: dict) -> tuple[nn.Module, dict]:
             for tensor, part in zip(tensors, source.split(sizes), strict=True):
                 tensor.copy_(part.view_as(tensor))
     except _Broken:
-        raise CheckpointError(f"{path}: damaged, its parts do not fit together") from None
+        raise CheckpointError(
+            f"{path}: damaged, its parts do not fit together; fetch or save it again"
+        ) from None
     return model, meta
 
 
@@ -534,7 +545,10 @@ def _checked_meta(path: str | Path, content: dict) -> dict:
     _require(isinstance(version, int))
     if version not in VERSIONS:
         known = " and ".join(str(known) for known in VERSIONS)
-        raise CheckpointError(f"{path}: format version {version}, this program reads {known}")
+        raise CheckpointError(
+            f"{path}: format version {version}, but this version of the project reads {known}; use "
+            "the version that wrote it, or a later one"
+        )
     meta = content.get("meta")
     _require(isinstance(meta, dict) and type(meta.get("num_classes")) is int)
     _require(0 < meta["num_classes"] <= MAX_CLASSES)
@@ -553,7 +567,7 @@ def _checked_meta(path: str | Path, content: dict) -> dict:
     _require(0 < meta.get("image_size", 28) <= data.SIZES[1])
     if meta.get("arch") not in models.ARCHITECTURES:
         raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")
-    meta["stem"] = stem = {"stock": 4}.get(stem := meta.get("stem", 4), stem)
+    stem = meta.setdefault("stem", 4)
     if type(stem) is not int or stem not in models.STEMS:
         raise CheckpointError(f"{path}: unknown stem {stem!r}")
     return meta
@@ -658,6 +672,11 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
                 f"{path}: not a torchvision {arch}, {name} is {state[name].dtype}"
             )
     for name in sorted(state.keys() - own.keys()):
+        if not NOT_WEIGHTS.match(name) and name.startswith("layer"):
+            raise CheckpointError(
+                f"{path}: not a torchvision {arch}, it also has {name}; only ResNet18 and ResNet50 "
+                "are supported"
+            )
         if not NOT_WEIGHTS.match(name):
             raise CheckpointError(
                 f"{path}: not a torchvision {arch}, it also has {name}; if that is no part of the "

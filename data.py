@@ -27,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 from torch import Generator, Tensor
 
@@ -108,7 +108,7 @@ def find(
     pixels a side (default: their own size; 28 for an image folder). Raises DataError.
     """
     if image_size is not None and not SIZES[0] <= image_size <= SIZES[1]:
-        raise DataError(f"--image-size {image_size}: possible are {SIZES[0]} to {SIZES[1]}")
+        raise DataError(f"--image-size {image_size}: must be from {SIZES[0]} to {SIZES[1]}")
     if folder is not None and (splits := _splits(Path(folder))):
         if dataset != "fashion-mnist":
             raise DataError(
@@ -119,6 +119,8 @@ def find(
     if dataset == "fashion-mnist":
         return Source(dataset, _find_fashion_mnist(folder), CLASSES, image_size or 28, grey=True)
     path = CACHE_DIR if folder is None else Path(folder)
+    if folder is not None and not path.is_dir():
+        raise DataError(f"{path}: {_why_not(path)}")
     known = _torchvision(dataset, path, train=True)
     size, grey = known.data.shape[1], known.data.ndim == 3
     return Source(dataset, path, tuple(known.classes), image_size or size, grey)
@@ -138,21 +140,21 @@ def find_for_weights(weights: str | Path, meta: dict, folder: str | Path | None 
         name = "fashion-mnist"
     source = find(folder, name, meta["image_size"])
     if not has_split(source, "test"):
-        raise DataError(f"{source.path}: has no test/; give IMAGES")
+        raise DataError(f"{source.path}: has no folder test/; add one, or leave out --data")
     theirs = tuple(unicodedata.normalize("NFC", c) for c in meta.get("classes", source.classes))
     if "classes" not in meta and meta["num_classes"] != len(source.classes):
         hint = "; a class without images needs an empty folder" if source.splits else ""
         raise DataError(
-            f"{weights}: has {meta['num_classes']} classes, {source.path} has "
-            f"{len(source.classes)}{hint}"
+            f"{weights}: has {meta['num_classes']} classes, but {source.path} has "
+            f"{len(source.classes)}; give images of these classes with --data{hint}"
         )
     known, here = set(theirs), set(source.classes)
     # An image folder may have an order of its own, and lack some of the classes.
     fits = here <= known and len(known) == len(theirs)
     if theirs != source.classes and not (source.splits and fits):
         raise DataError(
-            f"{weights}: is for the classes {_some(theirs, 10)}, but {source.path} has "
-            f"{_some(source.classes, 10)}"
+            f"{weights}: was trained for the classes {_some(theirs, 10)}, but {source.path} has "
+            f"the classes {_some(source.classes, 10)}; give images of these classes with --data"
         )
     source = replace(source, classes=theirs, grey=meta.get("grey", source.grey))
     if not source.splits:
@@ -174,8 +176,8 @@ def _torchvision(dataset: str, path: Path, train: bool):
         if digest in CONTENT_MD5 or counts != LABEL_COUNTS[dataset][not train]:
             place = path / TORCHVISION[dataset] / "raw"
             raise DataError(
-                f"{place}: its files have other labels than {dataset}'s; move it away to have "
-                "them fetched"
+                f"{place}: the labels in this folder are not those of {dataset}; rename or delete "
+                "it, and the files are downloaded again"
             )
     return found
 
@@ -199,7 +201,10 @@ def _find_torchvision(dataset: str, path: Path, train: bool):
             with contextlib.suppress(OSError):
                 empty.rmdir()  # only if nothing is in it
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: {dataset} is not there, and not to be had ({reason})") from None
+        raise DataError(
+            f"{path}: {dataset} was not found and could not be downloaded ({reason}); try again, "
+            "or give a folder with torchvision's files as --data DIR"
+        ) from None
 
 
 def _fetching() -> contextlib.AbstractContextManager:
@@ -234,7 +239,7 @@ def _find_fashion_mnist(folder: str | Path | None) -> Path:
     except OSError as error:
         reasons.append(str(error))
     raise DataError(
-        f"Fashion-MNIST was not found and could not be fetched ({'; '.join(reasons)}); give a "
+        f"Fashion-MNIST was not found and could not be downloaded ({'; '.join(reasons)}); give a "
         "folder with its four *-ubyte.gz files as --data DIR, or install the Debian package "
         f"{DEBIAN_PACKAGE}"
     )
@@ -245,7 +250,9 @@ def _why_not(folder: Path) -> str:
     if not folder.is_dir():
         return "is not a folder" if folder.exists() else "there is no such folder"
     places = _folders(folder)
-    needed = "neither the four Fashion-MNIST files (*-ubyte.gz) nor a folder train/ are there"
+    needed = (
+        "neither the four Fashion-MNIST files (*-ubyte.gz) nor a folder train/ or test/ is there"
+    )
     with contextlib.suppress(DataError):  # of folders that are not asked for
         for place in itertools.islice(_folders_below(folder), 1000):
             if _splits(place):
@@ -256,8 +263,8 @@ def _why_not(folder: Path) -> str:
         return f"{needed}; rename those with folders of classes ({_names(outer)}) to {known}/"
     if classes:
         return (
-            f"{needed}; its folders with images ({_names(classes)}) belong into {folder}/train/ "
-            "for training, or into test/ for predictions"
+            f"{needed}; move its folders of images ({_names(classes)}) to {folder}/train/ for "
+            f"training, or to {folder}/test/ for predictions"
         )
     return needed
 
@@ -373,7 +380,7 @@ def has_split(source: Source, split: str) -> bool:
 def digest(source: Source) -> str | None:
     """SHA-256 over names and sizes of an image folder's training and validation files; else None.
 
-    Added, removed or changed images are another training set, and another split of it.
+    Images that are added, removed, or changed in size are another training set, and another split.
     """
     if source.name != "folder":
         return None
@@ -448,12 +455,15 @@ def _read_idx(folder: Path, name: str) -> Tensor:
         with _unpacked(path) as file:
             content = file.read(MOST_CONTENT)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged, or cannot be read ({error}){again}") from error
+        raise DataError(f"{path}: damaged, or cannot be read ({_reason(error)}){again}") from error
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if CONTENT_MD5.get(found) != name:
         raise DataError(
             f"{path}: damaged, or not Fashion-MNIST's: the MD5 of its unpacked content is {found}"
-            + (again or "; other data sets: --dataset NAME, or a folder train/<class>/ of images")
+            + (
+                again
+                or "; other data sets: train.py --dataset NAME, or images in DIR/train/<class>/"
+            )
         )
     start, shape = _idx_header(content)
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
@@ -518,17 +528,22 @@ def _folder_source(folder: Path, splits: dict[str, Path], image_size: int) -> So
     split, first = next(iter(splits.items()))
     classes = tuple(found[split])
     if len(classes) < (2 if split == "train" else 1):
-        raise DataError(f"{first}: needs a folder of images for each class, at least two")
+        least = ", at least two" if split == "train" else ""
+        raise DataError(f"{first}: needs a folder of images for each class{least}")
     files, others, notes = [], [], []
     if unused := [p for p in _folders(folder) if p not in splits.values()]:
-        known = ", ".join("/".join(names) for names in SPLITS.values())
-        notes.append(f"{folder}: not used: {_names(unused)}; used are {known}")
+        known = "; ".join(" or ".join(names) for names in SPLITS.values())
+        notes.append(
+            f"{folder}: not used: {_names(unused)}; folders that are used are called {known}"
+        )
     loose = [path for path in _files(folder) if is_image(path)]
     for split, members in found.items():
         loose += _files(splits[split])
         for name, places in members.items():
             if name not in classes:
-                raise DataError(f"{places[0]}: there is no such class in {first}")
+                raise DataError(
+                    f"{places[0]}: there is no such class in {first}; rename or remove this folder"
+                )
             if len(places) > 1:
                 notes.append(
                     f"{splits[split]}: {len(places)} folders are called {name}, in several Unicode "
@@ -565,7 +580,10 @@ def order_note(classes: Sequence[str]) -> list[str]:
     if list(classes) != sorted(classes) or list(classes) == by_number:
         return []
     shown = ", ".join(f"{i} is {name}" for i, name in enumerate(classes[:4]))
-    return [f"classes are in the order of their names as text: {shown}, ...; see --names"]
+    return [
+        f"classes are numbered in the order of their names as text: {shown}"
+        f"{', ...' * (len(classes) > 4)}; predict.py --names writes names instead"
+    ]
 
 
 def as_utf8(name: str) -> str:
@@ -607,7 +625,7 @@ def _some(items: Sequence, most: int = 5) -> str:
 def _list_classes(source: Source, split: str) -> tuple[list[Path], Tensor]:
     """Image files and labels of a split of an image folder."""
     if split not in source.splits:
-        raise DataError(f"{source.path}: has no folder {split}/")
+        raise DataError(f"{source.path}: has no folder {split}/; add one")
     folders, files, labels = _class_folders(source.splits[split]), [], []
     for label, name in enumerate(source.classes):
         members = [file for place in folders.get(name, ()) for file in image_files(place)]
@@ -619,7 +637,10 @@ def _list_classes(source: Source, split: str) -> tuple[list[Path], Tensor]:
         files += members
         labels += [label] * len(members)
     if not files:
-        raise DataError(f"{source.splits[split]}: there are no images")
+        raise DataError(
+            f"{source.splits[split]}: there are no images in folders of classes "
+            f"({split}/<class>/*.png); sort its images into such folders, or move it elsewhere"
+        )
     return files, torch.tensor(labels)
 
 
@@ -735,7 +756,7 @@ def read_image(image: Image.Image | str | Path, image_size: int, grey: bool) -> 
     if image.mode in SIXTEEN_BITS:
         image = _highest_8_bits(image)
     elif deep and 0 < max(most for _, most in image.convert("RGB").getextrema()) < 16:
-        raise ValueError("of its 16 bits it uses 12 or less: it would be black")
+        raise ValueError(TOO_DARK)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
@@ -771,10 +792,11 @@ def _highest_8_bits(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         pixels[pixels == image.info["transparency"]] = 0
     if 0 < pixels.max() < 4096:
-        raise ValueError(f"of its 16 bits it uses 12 or less: no pixel is above {pixels.max()}")
+        raise ValueError(TOO_DARK)
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
+TOO_DARK = "it uses at most 12 of its 16 bits, and would be black; scale its pixels to 16 bits"
 LFS_POINTER = "a pointer of Git LFS, not the file itself; `git lfs pull` fetches it"
 
 
@@ -794,7 +816,9 @@ def _map_files(files: Sequence[Path], work) -> list:
         try:
             done.append(work(path))
         except Exception as error:  # PIL raises nearly anything for damaged files
-            reason = " ".join(str(error).split())[:80]
+            reason = _reason(error)[:80]
+            if isinstance(error, UnidentifiedImageError):
+                reason = "not an image that Pillow decodes, or damaged"
             if path.is_file() and path.stat().st_size == 0:
                 reason = "empty"
             elif is_lfs_pointer(path):
@@ -803,6 +827,13 @@ def _map_files(files: Sequence[Path], work) -> list:
     if bad:
         raise DataError(f"cannot be read as images: {_some(bad)}; replace or remove them")
     return done
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, as one line without the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
 
 
 def stream(path: Path, chunk: int) -> Iterator[Tensor]:
@@ -815,7 +846,10 @@ def stream(path: Path, chunk: int) -> Iterator[Tensor]:
             shape = _npy_shape(file, path) if path.suffix == ".npy" else _idx_shape(file, path)
             n, *image = shape
             if n < 1 or not all(0 < side <= 4096 for side in image):
-                raise DataError(f"{path}: its header says {n} images of {image}")
+                raise DataError(
+                    f"{path}: {n:,} images of {'x'.join(map(str, image))}; at least one image is "
+                    "needed, and at most 4,096 pixels a side"
+                )
             if len(shape) == 3 and shape[-1] <= CHANNELS:
                 raise DataError(
                     f"{path}: {tuple(shape)} looks like one image with its channels last; give "
@@ -824,25 +858,34 @@ def stream(path: Path, chunk: int) -> Iterator[Tensor]:
             if path.is_file() and path.suffix != ".gz":  # all of it can be told now
                 size = path.stat().st_size - file.tell()
                 if size != math.prod(shape):
-                    raise DataError(f"{path}: its header says {shape}, but {size} bytes follow")
+                    raise DataError(
+                        f"{path}: its header says {math.prod(shape):,} bytes of images, but "
+                        f"{size:,} follow; fetch or save it again"
+                    )
             chunk = max(1, min(chunk, MOST_BYTES // math.prod(image)))
             for start in range(0, n, chunk):
                 shape = min(chunk, n - start), *image
                 pixels = file.read(math.prod(shape))
                 if len(pixels) != math.prod(shape):
-                    raise DataError(f"{path}: truncated, its header says {n} images")
+                    raise DataError(
+                        f"{path}: truncated, its header says {n:,} images; fetch or save it again"
+                    )
                 images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape)
                 yield images.permute(0, 3, 1, 2) if shape[-1] == 3 and len(shape) == 4 else images
             if file.read(1):
-                raise DataError(f"{path}: longer than the {n} images its header says")
+                raise DataError(
+                    f"{path}: longer than the {n:,} images its header says; fetch or save it again"
+                )
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+        raise DataError(f"{path}: cannot be read ({_reason(error)[:120]})") from None
 
 
 def _idx_shape(file: BinaryIO, path: Path) -> list[int]:
     header = file.read(16)
     if len(header) < 16 or header[:4] != bytes((0, 0, 8, 3)):
-        raise DataError(f"{path}: neither an image nor an IDX file of images")
+        raise DataError(
+            f"{path}: neither an image that Pillow decodes, nor an IDX or .npy file of images"
+        )
     return _idx_header(header)[1]
 
 
@@ -859,8 +902,14 @@ def _npy_shape(file: BinaryIO, path: Path) -> list[int]:
     except Exception:  # it is parsed as Python, and damage can raise nearly anything
         raise DataError(f"{path}: its header is damaged") from None
     color = len(shape) == 4 and 3 in (shape[1], shape[3])
-    if dtype != np.uint8 or columns_first or not (len(shape) == 3 or color):
+    if dtype != np.uint8 or not (len(shape) == 3 or color):
+        floats = "; floats in 0..1: save (array * 255).round().astype(numpy.uint8)"
         raise DataError(
             f"{path}: {dtype} {shape}, expected uint8 (N, H, W), (N, H, W, 3) or (N, 3, H, W)"
+            f"{floats if dtype.kind == 'f' else ''}"
+        )
+    if columns_first:
+        raise DataError(
+            f"{path}: the array is in Fortran order; save numpy.ascontiguousarray(array)"
         )
     return list(shape)

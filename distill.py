@@ -52,8 +52,9 @@ class Training:
     weight_decay: float = 5e-4
     kd_weight: float = 0.5  # of the distillation loss, if there is a teacher; labels have the rest
     temperature: float = 4.0
-    augment_period: int = 0  # augmented batches repeat after so many epochs, so that teacher logits
-    # can be cached, and unaugmented ones as often; 0: they never repeat
+    # Augmented batches repeat after so many epochs, so that teacher logits can be cached, and
+    # unaugmented ones so that each comes as many times; 0: they never repeat.
+    augment_period: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Stage:
     stem: int  # its total stride
     width: float  # fraction of the channels
     training: Training
-    number: int  # in the run, from 0
+    number: int  # teacher 0, student 1, pruned 2 and more: seeds and saved states use it
     file: str
     budgets: tuple[int, ...] = ()  # of the pruning steps, one before each of the first epochs
     round: int = 1
@@ -216,7 +217,7 @@ class TrainingData:
         self, epoch: int, epochs: int, generator: Generator
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches of one epoch out of `epochs`, the last of which are unaugmented."""
-        augmented = not is_unaugmented(epoch, epochs)
+        augmented = epoch < augmented_epochs(epochs)
         return chain.from_iterable(self.batches(generator, augmented) for _ in range(self.passes))
 
     def batches(
@@ -258,19 +259,20 @@ def distillation_loss(
     return kd_weight * temperature**2 * divergence + (1 - kd_weight) * labels
 
 
-def is_unaugmented(epoch: int, epochs: int) -> bool:
-    return epoch >= (1 - UNAUGMENTED) * epochs
+def augmented_epochs(epochs: int) -> int:
+    """How many of the epochs, the first ones, are augmented."""
+    return math.ceil((1 - UNAUGMENTED) * epochs)
 
 
 def augment_epoch(epoch: int, training: Training) -> int:
     """The first epoch with the same batches as `epoch`."""
     if not training.augment_period:
         return epoch
-    augmented = math.ceil((1 - UNAUGMENTED) * training.epochs)
+    augmented = augmented_epochs(training.epochs)
     if epoch < augmented:
         return epoch % training.augment_period
-    passes = math.ceil(augmented / training.augment_period)  # the unaugmented epochs have as many
-    return augmented + (epoch - augmented) % math.ceil((training.epochs - augmented) / passes)
+    times = math.ceil(augmented / training.augment_period)
+    return augmented + (epoch - augmented) % math.ceil((training.epochs - augmented) / times)
 
 
 def distinct_epochs(training: Training, done: int = 0) -> int:
@@ -320,7 +322,6 @@ class TrainState:
 
     def set_masks(self, masks: prune.Masks) -> None:
         """From now on all other weights are zero, in the EMA as well."""
-        changed = masks is not self.masks
         weights = prune.weights(self.model)
         if self.masks is None:
             self._masked = [weights[name] for name in masks]
@@ -329,12 +330,16 @@ class TrainState:
         for name, mask in masks.items():
             self._factors[name].copy_(mask)
         self.masks = masks
-        prune.apply_(self.model, masks)
-        prune.apply_(self.average.module, masks)
-        if changed and runtime.world_size() == 1:
+        self.apply_masks()
+        if runtime.world_size() == 1:
             self.sparse = sparse_forward_if_faster(
                 self.model, self.context.image_size, self.context.bf16
             )
+
+    def apply_masks(self) -> None:
+        """Make pruned weights 0 and kept ones not exactly 0, in the EMA as well."""
+        for model in (self.model, self.average.module):
+            prune.apply_(model, self.masks)
 
     def prune_to(self, budget: int, images: Iterable[Tensor]) -> None:
         """One pruning step: masks for `budget`, BatchNorm recalibrated on `images` (Li et al.,
@@ -446,7 +451,7 @@ class Progress:
     def __init__(self, steps: int, classes: int, device: torch.device):
         from torchmetrics.classification import MulticlassAccuracy  # and all of matplotlib
 
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self.losses = torch.zeros(steps, device=device)
         self.accuracy = MulticlassAccuracy(
             classes, average="micro", validate_args=False, sync_on_compute=False
@@ -455,10 +460,11 @@ class Progress:
 
     def state_dict(self) -> dict:
         accuracy = self.accuracy.state_dict()
-        return {"step": self.step, "losses": self.losses, "accuracy": accuracy}
+        figures = {"losses": self.losses, "accuracy": accuracy}
+        return {"step": self.step, "seconds": self.seconds, **figures}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state["seconds"]
         self.losses.copy_(state["losses"])
         self.accuracy.load_state_dict(state["accuracy"])
 
@@ -514,7 +520,7 @@ def train_epoch(
             mean, right = progress.losses[:done].mean().item(), progress.accuracy.compute().item()
             bar.set_postfix_str(f"loss {mean:.3f} accuracy {right:.1%}")
     if network.masks is not None:
-        network.set_masks(network.masks)  # a kept weight of exactly 0.0 would be miscounted
+        network.apply_masks()
 
 
 def fit(
@@ -546,7 +552,8 @@ def fit(
         network.load_state_dict(saved["network"])
         first, within, best = saved["epoch"], saved["progress"], saved["best"]
         part = " and a part of the next" if within else ""
-        runtime.print_rank0(f"{stage.title}: resuming after {first} epochs{part}")
+        epochs = f"{first} epoch{'s' * (first != 1)}"
+        runtime.print_rank0(f"{stage.title}: resuming after {epochs}{part}")
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         generator = Generator(context.device)
@@ -563,10 +570,11 @@ def fit(
         }
 
     for epoch in range(first, training.epochs):
-        began = time.perf_counter()
         progress = Progress(steps, images.classes, context.device)
         if within:
             progress.load_state_dict(within)
+        began = time.perf_counter() - progress.seconds
+        if within:
             within = None
         elif epoch < len(stage.budgets):
             few = zip(range(BN_BATCHES), batches(epoch), strict=False)
@@ -587,6 +595,7 @@ def fit(
             cache_key=augment_epoch(epoch, training) if training.augment_period else None,
         )
         if progress.step < steps:
+            progress.seconds = time.perf_counter() - began
             save(state(epoch, progress), None)
             raise KeyboardInterrupt
         losses, accuracy = progress.result()

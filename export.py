@@ -104,9 +104,9 @@ class ReferenceModel(nn.Module):
 
 def export_bits(args: argparse.Namespace) -> None:
     """Write the weights with fewer bits, and print how size and predictions change."""
+    model, meta, images_u8, labels, what = load(args)
     output = args.output or args.weights.with_name(f"{args.weights.stem}-{args.bits}bit.pth")
     checkpoint.check_output(output, args.weights)
-    model, meta, images_u8, labels, what = load(args)
     expected = models.infer(model, images_u8)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "fewer.pth"
@@ -165,8 +165,6 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
 
 def export_onnx(args: argparse.Namespace) -> None:
     """Check all flags, export, compare with PyTorch, write."""
-    output = args.output or args.weights.with_suffix(".onnx")
-    checkpoint.check_output(output, args.weights)
     tempfile.gettempdir()  # PyTorch's exporter needs one; raises OSError
     try:
         import onnxruntime  # noqa: F401
@@ -177,6 +175,8 @@ def export_onnx(args: argparse.Namespace) -> None:
             "onnxscript onnxruntime"
         ) from None
     model, meta, images_u8, _, what = load(args)
+    output = args.output or args.weights.with_suffix(".onnx")
+    checkpoint.check_output(output, args.weights)
     # Two images: of one, the exporter takes the batch size for a constant.
     example = images_u8[:1].repeat(2, *[1] * (images_u8.dim() - 1))
     slim = to_onnx(ExportModel(model, meta["image_size"], meta["grey"]).eval(), example)
@@ -247,7 +247,7 @@ class CLibrary:
 
 
 def c_file(
-    model: nn.Module, meta: dict, name: str, bits: int, notes: list[str], file: str = ""
+    model: nn.Module, meta: dict, name: str, bits: int, file: str = ""
 ) -> tuple[nn.Module, c_source.CSource]:
     """(the network as the C file computes it, the C file's source)."""
     size, grey = meta["image_size"], meta["grey"]
@@ -257,32 +257,32 @@ def c_file(
             prune.merge_grey_input_(model)
         model = checkpoint.fake_quantize(model, bits)
     classes = meta.get("classes", ())
-    return model, c_source.CSource(model, size, grey, name, bits, classes, notes, file)
+    return model, c_source.CSource(model, size, grey, name, bits, classes, file)
 
 
 def export_c(args: argparse.Namespace) -> None:
     """Write the C file, compile and compare it if that can be done."""
+    model, meta, images_u8, labels, what = load(args)
     ending = "" if args.bits == 32 else f"-{args.bits}bit"
     output = args.output or args.weights.with_name(f"{args.weights.stem}{ending}.c")
     checkpoint.check_output(output, args.weights)
-    model, meta, images_u8, labels, what = load(args)
     stock = models.infer(model, images_u8)
     name = c_source.identifier(output.stem)
-    notes = [f"A {meta['arch']} of {meta['parameters']:,} parameters, written by export.py."]
-    network, source = c_file(model, meta, name, args.bits, notes, output.name)
+    network, source = c_file(model, meta, name, args.bits, output.name)
     expected = stock if args.bits == 32 else models.infer(network, images_u8)
+    notes = [f"A {meta['arch']} of {meta['parameters']:,} parameters, written by export.py."]
     if labels is not None:
         accuracy = models.accuracy(expected, labels)
         notes.append(f"Accuracy on the {len(labels):,} test images: {accuracy:.2%}.")
-    text = source.text()
+    text = source.text(notes)
     checked, library = "not compared with PyTorch, there is no C compiler", None
     if compiler():
         try:
             library = CLibrary(text, name, meta["num_classes"])
         except OSError as error:  # as on a read-only or noexec file system
             checked = (
-                f"not compared with PyTorch, the temporary folder does not serve ({error}); name "
-                "another in TMPDIR"
+                f"not compared with PyTorch, the temporary folder cannot be used ({error}); "
+                "name another in TMPDIR"
             )
     if library:
         logits = library(images_u8)

@@ -141,4 +141,7 @@ def _batch(images) -> _torch.Tensor:
         return images[:, 0] if shape[1] == 1 else images
     if len(shape) in (2, 3) and shape[-1] > _data.CHANNELS:
         return images.reshape(-1, *shape[-2:])
-    raise ValueError(f"{shape}: expected (H, W), (N, H, W), (N, 3, H, W) or (N, H, W, 3)")
+    raise ValueError(
+        f"{shape}: expected (H, W), (N, H, W) or (N, 1, H, W), in color (H, W, 3), (N, 3, H, W) or "
+        "(N, H, W, 3)"
+    )

@@ -61,7 +61,10 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = next(name for name in there if there[name])
     if not there[wanted]:
-        raise DeviceError(f"--device {wanted}: there is none on this machine")
+        raise DeviceError(
+            f"--device {wanted}: PyTorch finds none on this machine; leave --device out to use the "
+            "best there is"
+        )
     torch.backends.cudnn.benchmark = True  # nearly all batches have one shape
     torch.backends.cudnn.allow_tf32 = False  # what is not in bf16 is to be as on the CPU
     return torch.device(wanted)

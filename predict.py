@@ -62,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--invert",
         action="store_true",
-        help="invert images that are dark on white; those of Fashion-MNIST are light on black",
+        help="invert all images: for dark on light ones (Fashion-MNIST's are light on dark)",
     )
     checkpoint.add_image_flags(what)
     result = parser.add_argument_group("what is written")
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     result.add_argument("--names", action="store_true", help="class names instead of numbers")
     result.add_argument(
-        "--probs", action="store_true", help="a column more for the probability of each class"
+        "--probs", action="store_true", help="one more column for each class, its probability"
     )
     result.add_argument(
         "--show", type=checkpoint.output_path, metavar="FILE",
@@ -85,7 +85,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--tta", action="store_true", help="average each image's logits with its mirror image's"
     )
-    how.add_argument("--device", choices=models.DEVICES, default="auto", help="default: auto")
+    how.add_argument(
+        "--device", choices=models.DEVICES, default="auto", help="default: auto, the best there is"
+    )
     how.add_argument(
         "--engine",
         choices=("auto", "dense", "sparse"),
@@ -98,7 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     args = parser.parse_args(argv)
     if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: at least 1")
+        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     return args
 
 
@@ -106,7 +108,7 @@ def choose_engine(
     wanted: str, model: nn.Module, meta: dict, device: torch.device
 ) -> tuple[str, nn.Module]:
     """("dense" or "sparse", what runs the network)."""
-    size, grey = meta.get("image_size", 28), meta.get("grey", True)
+    size, grey = meta["image_size"], meta["grey"]
     if wanted == "auto":
         wanted = "sparse" if plan.sparse_is_faster(model, size, device) else "dense"
     if wanted == "dense":
@@ -119,7 +121,7 @@ def choose_engine(
         ),
     ):
         if wrong:
-            raise models.DeviceError(f"--engine sparse: {reason}")
+            raise models.DeviceError(f"--engine sparse: {reason}; leave --engine out")
     from engine import inference  # and llvmlite
 
     return wanted, inference.SparseResNet(model, size, grey)
@@ -132,6 +134,8 @@ def gather(paths: list[Path]) -> tuple[list[tuple[Path, list[Path]]], list[str]]
     """
     found, left_out = [], []
     for path in paths:
+        if not path.exists():
+            raise data.DataError(f"{path}: there is no such file or folder")
         if path.is_dir():
             files, others = data.walk(path)
             left_out += others
@@ -143,7 +147,7 @@ def gather(paths: list[Path]) -> tuple[list[tuple[Path, list[Path]]], list[str]]
             files = [path]
         else:
             files = []
-            if path.is_file() or not path.exists():  # pipes can be read only once
+            if path.is_file():  # pipes can be read only once
                 next(data.stream(path, 1))
         found.append((path, files))
     _, notes = data.inspect([file for _, files in found for file in files], left_out)

@@ -101,7 +101,7 @@ def path_gradients(model: nn.Module, values: dict[str, Tensor], image_size: int,
             weight.copy_(values[name])
     image = torch.ones(1, 3, image_size, image_size, dtype=torch.double, device=device)
     if grey:
-        image[:, 1:] = 0  # see `fold_equal_channels_`
+        image[:, 1:] = 0  # see `merge_grey_input_`
     gradients = torch.autograd.grad(paths(image).sum(), list(parameters.values()))
     return dict(zip(parameters, gradients, strict=True))
 
@@ -145,7 +145,7 @@ def protected(model: nn.Module, masks: Masks) -> Masks:
 
 
 def budget_range(model: nn.Module, image_size: int, grey: bool) -> tuple[int, int]:
-    """Smallest and largest budget that `choose` can meet from the weights that are not zero."""
+    """Smallest and largest budget of `choose_masks`, from the weights that are not zero."""
     masks = all_reachable(model, image_size, grey)
     masks = {name: masks[name] & (weight != 0) for name, weight in weights(model).items()}
     smallest, largest = (
@@ -159,26 +159,25 @@ def choose_masks(model: nn.Module, masks: Masks, budget: int, image_size: int, g
     """Subsets of `masks` that leave exactly `budget` parameters, all of them reachable.
 
     Start from the per-layer minimum (`protected`) and the largest magnitudes over all layers. Some
-    of these weights may be disconnected (on no path from input to logit). Drop them, refill with
-    the largest weights that complete a path on their own, and repeat until none is disconnected. If
-    there are too few such weights, which takes magnitudes unlike any trained network's, the
-    selection stays as it is. Raises BudgetError if `budget` is below the per-layer minimum or above
-    the number of reachable parameters.
+    of these weights may be disconnected (on no path from input to logit). Drop them, and refill
+    with the largest weights that complete a path of those that are left. If there are too few such
+    weights, which takes magnitudes unlike any trained network's, the selection stays as it is.
+    Raises BudgetError if `budget` is below the per-layer minimum or above the number of reachable
+    parameters.
     """
     keep = budget - count_fixed(model)
     magnitudes = {name: weight.detach().abs() for name, weight in weights(model).items()}
     chosen = _fill(magnitudes, protected(model, masks), masks, keep)
-    while True:
-        kept = reachable(model, chosen, image_size, grey)
-        if all(torch.equal(kept[name], chosen[name]) for name in chosen):
-            return chosen
-        addable = {
-            name: masks[name] & (gradient > 0).to(masks[name].device)
-            for name, gradient in path_gradients(model, kept, image_size, grey).items()
-        }
-        if sum(int((kept[name] | addable[name]).sum()) for name in kept) < keep:
-            return chosen
-        chosen = _fill(magnitudes, kept, addable, keep)
+    kept = reachable(model, chosen, image_size, grey)
+    if all(torch.equal(kept[name], chosen[name]) for name in chosen):
+        return chosen
+    addable = {
+        name: masks[name] & (gradient > 0).to(masks[name].device)
+        for name, gradient in path_gradients(model, kept, image_size, grey).items()
+    }
+    if sum(int((kept[name] | addable[name]).sum()) for name in kept) < keep:
+        return chosen
+    return _fill(magnitudes, kept, addable, keep)
 
 
 def _largest(scores: Tensor, candidates: Tensor, n: int) -> Tensor:

@@ -45,6 +45,9 @@ except ImportError:  # Windows has none
     fcntl = None
 
 
+OUT_OF_MEMORY = "out of memory; smaller images or batches need less"
+
+
 class ParallelError(Exception):
     """The processes cannot work together; the message is one line for the user."""
 
@@ -158,14 +161,19 @@ def run(main: Callable[[], int]) -> int:
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         return 141
+    except MemoryError:
+        print(f"{Path(sys.argv[0]).name}: {OUT_OF_MEMORY}", file=sys.stderr)
+        return 2
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError):
             known = [str(part) for part in (error.filename, error.strerror) if part]
             text = ": ".join(known) or str(error)
             if "temporary directory" in text:  # torch, matplotlib and exports need one
-                text += "; set TMPDIR to a folder that can be written"
+                text += "; set TMPDIR to a writable folder"
         elif "start new thread" in str(error):
-            text = "the system allows no more threads (ulimit -u); set OMP_NUM_THREADS to fewer"
+            text = "the system allows no more threads (ulimit -u); set a smaller OMP_NUM_THREADS"
+        elif "out of memory" in str(error) or "can't allocate memory" in str(error):
+            text = OUT_OF_MEMORY
         else:
             raise
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
@@ -191,8 +199,8 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
             raise
         except OSError as error:
             print(
-                f"warning: {path}: cannot be locked ({error.strerror}), so that nothing stops a "
-                "second process; start one at a time",
+                f"warning: {path}: cannot be locked ({error.strerror}), so nothing stops a second "
+                "process; start one at a time",
                 file=sys.stderr,
             )
         yield
@@ -216,7 +224,13 @@ def process_group(device: str) -> Iterator[None]:
             )
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if place >= there:
+                raise ParallelError(
+                    f"more processes than GPUs on this machine ({there}): start fewer, or give "
+                    "--device cpu"
+                )
+            torch.cuda.set_device(place)
         dist.init_process_group("nccl" if cuda else "gloo")
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:

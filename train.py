@@ -22,6 +22,7 @@ import functools
 import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -50,8 +51,8 @@ class Chain:
 
 
 # One learning rate cycle has all pruning steps, each small enough that SGD recovers from it within
-# an epoch. The pruned network's batches repeat after 15 epochs: a step without zeros is so cheap
-# that the teacher's forward pass would take half of the time.
+# an epoch. Each batch of the pruned network comes three times: its step is so cheap that the
+# teacher's forward pass would take half of the time.
 CHAIN = Chain(
     teacher=Training(epochs=16),
     student=Training(epochs=12),
@@ -105,13 +106,13 @@ def stages_of(settings: dict, largest: int) -> list[Stage]:
 
 def prepare(
     source: data.Source,
+    loaded: tuple[report.Labelled, report.Labelled | None],
     batches: Batches,
     device: torch.device,
-    full_train: bool = False,
     flip: bool = True,
 ) -> tuple[distill.TrainingData, Context]:
-    """The images on the device, split into training and validation, or all for training."""
-    (images_u8, labels), val = data.load_train(source, full_train)
+    """The images that `data.load_train` loaded, or the part of them that is used, on the device."""
+    (images_u8, labels), val = loaded
     images_u8, labels = images_u8[: batches.images].to(device), labels[: batches.images].to(device)
     if val is not None:
         # A part of the images has a fifth as many for validation: every n-th, because image
@@ -147,7 +148,7 @@ def teacher_files(run: Run, stage: Stage, stages: list[Stage]) -> list[Path]:
     files = [file for _, file in sorted(before, key=lambda pair: STAGES.index(pair[0]))]
     if stage.name == "student":
         return files[:1]
-    accuracies = [checkpoint.load(file)[1].get("val_accuracy") or 0 for file in files]
+    accuracies = [run.load(file)[1].get("val_accuracy") or 0 for file in files]
     enough = max(accuracies) - TOLERANCE
     return [next(f for f, accuracy in zip(files, accuracies, strict=True) if accuracy >= enough)]
 
@@ -161,17 +162,18 @@ def train(
     stop: Stop,
 ) -> None:
     """All stages that are not finished yet."""
-    teachers, loaded, before = [], [], next(iter(run.given["student"]), None)
+    teachers, loaded = [], []
+    before = next(iter(run.given["student"]), None)  # what is pruned next
     for stage in stages:
         runtime.barrier()  # until process 0 has written the stage before
         path = run.path(stage)
         if not path.exists():
             files = teacher_files(run, stage, stages)
             if files != loaded:
-                teachers = [context.inference_copy(checkpoint.load(file)[0]) for file in files]
+                teachers = [context.inference_copy(run.load(file)[0]) for file in files]
                 loaded = files
             if stage.name == "pruned":
-                model, _ = checkpoint.load(before)
+                model, _ = run.load(before)
             else:
                 model = build(stage, run.settings)
             model = distill.fit(
@@ -187,7 +189,8 @@ def train(
             )
             if runtime.rank() == 0:
                 save_weights(run, stage, model, images, context, source)
-        before = path
+        if stage.name != "teacher":
+            before = path
 
 
 def save_weights(
@@ -230,7 +233,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="the whole chain on 5,000 images, about 5 minutes")
     add(
         "--length", type=float, metavar="F",
-        help="factor of the epochs of all stages, not with --quick (default: 1, on a GPU 4)",
+        help="factor of the epochs of all stages, not with --quick (default: 1, with CUDA 4)",
     )  # fmt: skip
     add(
         "--budget", type=int, nargs="+", metavar="N",
@@ -260,7 +263,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="weights of a ResNet18 to prune, or to fine-tune if it has as few parameters already, "
         "instead of training one",
     )  # fmt: skip
-    add("--imagenet", action="store_true", help="start the student from torchvision's weights")
+    add("--imagenet", action="store_true", help="start from torchvision's ImageNet weights")
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     add = parser.add_argument_group("images").add_argument
     add(
@@ -290,7 +293,8 @@ def start(args: argparse.Namespace) -> None:
     check_combination(args)
     device = models.choose_device(args.device)
     source = data.find(args.data, args.dataset, args.image_size)
-    settings, given, largest = check(args, source, device)
+    loaded = data.load_train(source, args.full_train)
+    settings, given, largest = check(args, source, device, len(loaded[0][1]))
     name = args.name or default_name(args, settings, source)
     if Path(name).name != name or name in (".", ".."):
         raise UsageError(f"--name {name}: a name, not a path")
@@ -302,7 +306,7 @@ def start(args: argparse.Namespace) -> None:
     folder = record.RUNS / name
     with record.lock(folder) if runtime.rank() == 0 else contextlib.nullcontext():
         batches = Batches(**settings["batches"])
-        images, context = prepare(source, batches, device, args.full_train, settings["flip"])
+        images, context = prepare(source, loaded, batches, device, settings["flip"])
         machine = {
             "kind": device.type,
             "threads": torch.get_num_threads(),
@@ -329,45 +333,53 @@ def start(args: argparse.Namespace) -> None:
 def check_combination(args: argparse.Namespace) -> None:
     """Raises UsageError for flags that contradict each other or are out of range."""
     for wrong, message in (
-        (not 0 <= args.seed < 10**9, f"--seed {args.seed}: possible are 0 to 999,999,999"),
+        (not 0 <= args.seed < 10**9, f"--seed {args.seed}: must be from 0 to 999999999"),
         (args.quick and args.length, "--quick and --length: choose one"),
-        (args.length is not None and not 0.01 <= args.length <= 100, "--length: 0.01 to 100"),
-        (args.width is not None and not 0.05 <= args.width <= 1, "--width: 0.05 to 1"),
+        (
+            args.length is not None and not 0.01 <= args.length <= 100,
+            f"--length {args.length}: must be from 0.01 to 100",
+        ),
+        (
+            args.width is not None and not 0.05 <= args.width <= 1,
+            f"--width {args.width}: must be from 0.05 to 1",
+        ),
         (args.no_prune and args.budget, "--no-prune and --budget: choose one"),
         (args.no_prune and args.student, "--no-prune and --student: nothing is left to train"),
         (args.student and args.imagenet, "--student and --imagenet: choose one"),
-        (args.student and args.width, "--width: follows from --student"),
+        (args.student and args.width, "--student and --width: choose one"),
         (args.imagenet and args.width not in (None, 1), "--imagenet needs --width 1"),
-        (len(args.teacher or ()) > 1 and "none" in args.teacher, "--teacher: none or files"),
-        (len(set(args.budget or ())) < len(args.budget or ()), "--budget: twice the same number"),
+        (
+            len(args.teacher or ()) > 1 and "none" in args.teacher,
+            "--teacher: give none or files, not both",
+        ),
+        (len(set(args.budget or ())) < len(args.budget or ()), "--budget: the same number twice"),
     ):
         if wrong:
             raise UsageError(message)
 
 
 def check(
-    args: argparse.Namespace, source: data.Source, device: torch.device
+    args: argparse.Namespace, source: data.Source, device: torch.device, images: int
 ) -> tuple[dict, dict[str, list[Path]], int]:
     """The run's settings, the given files, and the number of the student's reachable parameters.
 
-    Raises UsageError, or whatever else is wrong, before hours of work.
+    `images`: how many there are to train on. Raises UsageError, or whatever else is wrong, before
+    hours of work.
     """
-    (_, labels), _ = data.load_train(source, args.full_train)
     if data.has_split(source, "test"):
         data.load(source, "test")
     teachers = [] if args.teacher in (None, ["none"]) else args.teacher
     given = {"teacher": [*map(Path, teachers)], "student": [args.student] * bool(args.student)}
     loaded = {
-        path: check_given(f"--{stage}", path, source) for stage in given for path in given[stage]
+        path: check_given(stage, path, source, args.stem if stage == "student" else None)
+        for stage in given
+        for path in given[stage]
     }
     stem = args.stem or 4
     if args.student:
         arch, stem = (loaded[args.student][1][key] for key in ("arch", "stem"))
-        if arch != "resnet18" or args.stem not in (None, stem):
-            wanted = f" of --stem {args.stem}" if args.stem else ""
-            raise UsageError(
-                f"--student {args.student}: a {arch} of --stem {stem}, not a resnet18{wanted}"
-            )
+        if arch != "resnet18":
+            raise UsageError(f"--student {args.student}: a {arch}, not a resnet18")
     settings = chain_settings(args, source, device, stem)
     for stage, files in given.items():
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
@@ -376,8 +388,11 @@ def check(
     budgets, batches = settings["budgets"], Batches(**settings["batches"])
     try:
         probe = models.build("resnet18", len(source.classes), args.imagenet, stem)
-    except OSError as error:
-        raise UsageError(f"--imagenet: the weights cannot be downloaded ({error})") from None
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # or an incomplete file
+        raise UsageError(
+            "--imagenet: torchvision's weights cannot be downloaded, or their file is damaged "
+            f"({error}); try again, or put the file into {torch.hub.get_dir()}/checkpoints"
+        ) from None
     with torch.no_grad():
         for weight in prune.weights(probe).values():
             weight.fill_(1)  # a random one can be 0.0, and the schedule would differ next time
@@ -386,8 +401,8 @@ def check(
     for budget in budgets:
         if not smallest <= budget <= largest:
             raise UsageError(
-                f"--budget {budget}: possible are {smallest:,} (BatchNorm, biases and the "
-                f"per-layer minimum) to {largest:,} (all reachable weights)"
+                f"--budget {budget}: must be from {smallest} (BatchNorm, biases and the per-layer "
+                f"minimum) to {largest} (all reachable weights)"
             )
     if args.student:
         largest = min(largest, left := prune.count(loaded[args.student][0]))
@@ -396,10 +411,11 @@ def check(
                 f"--student {args.student}: has {left:,} parameters, fewer than --budget "
                 f"{max(budgets)}"
             )
-    batch_size, _, _ = distill.batch_layout(len(labels[: batches.images]), batches)
+    batch_size, _, _ = distill.batch_layout(min(images, batches.images or images), batches)
     if batch_size % runtime.world_size():
         raise UsageError(
-            f"{runtime.world_size()} processes cannot share batches of {batch_size} equally"
+            f"{runtime.world_size()} processes cannot share batches of {batch_size} equally; start "
+            "a number that divides it"
         )
     return settings, given, largest
 
@@ -439,33 +455,35 @@ def chain_settings(
     }
 
 
-def check_given(flag: str, path: Path, source: data.Source) -> tuple[nn.Module, dict]:
-    """The network in a file that was given, and its metadata. Raises UsageError if it was trained
-    for other classes or images than those of `source`."""
-    network, meta = checkpoint.load(path)
+def check_given(
+    stage: str, path: Path, source: data.Source, stem: int | None
+) -> tuple[nn.Module, dict]:
+    """The network in a file that was given as `stage`, and its metadata. Raises UsageError if it
+    was trained for other classes or images than those of `source`."""
+    network, meta = checkpoint.load(path, stem=stem)
     if (note := checkpoint.pop_ignored_(meta, path)) and runtime.rank() == 0:
         print(f"train.py: warning: {note}", file=sys.stderr)
     there = {"classes": list(source.classes), "image_size": source.image_size, "grey": source.grey}
     if meta["num_classes"] != len(source.classes):
         raise UsageError(
-            f"{flag} {path}: has {meta['num_classes']} classes, the images have "
+            f"--{stage} {path}: has {meta['num_classes']} classes, but {source.path} has "
             f"{len(source.classes)}"
         )
     names = {
         "classes": lambda classes: f"the classes {', '.join(classes)[:200]}",
         "image_size": lambda size: f"images of {size} pixels a side",
-        "grey": lambda grey: f"{'gray' if grey else 'color'} images",
+        "grey": lambda grey: f"{'grayscale' if grey else 'color'} images",
     }
     for key, shown in names.items():
         if meta.get(key, there[key]) != there[key]:
             raise UsageError(
-                f"{flag} {path}: was trained for {shown(meta[key])}, but {source.path} has "
+                f"--{stage} {path}: was trained for {shown(meta[key])}, but {source.path} has "
                 f"{shown(there[key])}"
             )
     if "image_size" not in meta and runtime.rank() == 0:
         print(
             f"train.py: {path} does not say its classes and images: taken to be those of "
-            f"{source.path}",
+            f"{source.path}; stem {meta['stem']}",
             file=sys.stderr,
         )
     return network, meta
@@ -521,10 +539,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except ArithmeticError as error:
-        print(f"train.py: {error}; the epochs before are kept", file=sys.stderr)
+        print(f"train.py: {error}; another --seed starts another run", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command resumes from here", file=sys.stderr)
+        print("\nstopped; the same command resumes this run", file=sys.stderr)
         return 130
     return 0
 

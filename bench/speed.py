@@ -222,7 +222,8 @@ def measure_training(args: argparse.Namespace, device: torch.device) -> dict:
     the same written as is usual."""
     settings, training = distill.Batches(), distill.Training(epochs=1)
     settings = distill.Batches(images=STEPS * settings.batch_size)
-    images, context = train.prepare(data.find(args.data), settings, device)
+    source = data.find(args.data)
+    images, context = train.prepare(source, data.load_train(source, False), settings, device)
     plain_teacher = models.build("resnet50", images.classes).to(device).eval()
     teacher = distill.Teacher([context.inference_copy(plain_teacher)])
     network = distill.TrainState(models.build("resnet18", images.classes), training, context)
@@ -234,7 +235,7 @@ def measure_training(args: argparse.Namespace, device: torch.device) -> dict:
         batches = images.batches(Generator(device).manual_seed(0))
         distill.train_epoch(network, batches, teacher, rates, progress, distill.Stop())
 
-    usual = usual_loop(images, training, device, plain_teacher)
+    usual = usual_loop(images, training, device, plain_teacher, rewrite.untrimmed(network.model))
     runs = {
         "`train.py`": ours,
         "PIL in DataLoader workers, dense, fp32, metrics read at each step": usual,
@@ -258,6 +259,7 @@ class PilImages(Dataset):
                 v2.RandomHorizontalFlip(),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
+                v2.RandomErasing(data.settings.erasing, scale=(0.02, 0.25), value="random"),
                 v2.Normalize([0.5] * 3, [0.5] * 3),
             ]
         )
@@ -270,16 +272,22 @@ class PilImages(Dataset):
 
 
 def usual_loop(
-    data: distill.TrainingData, training: distill.Training, device: torch.device, teacher: nn.Module
+    data: distill.TrainingData,
+    training: distill.Training,
+    device: torch.device,
+    teacher: nn.Module,
+    pruned: nn.Module,
 ) -> Callable[[], None]:
     """An epoch of the same training as it is usually written: PIL transforms in DataLoader workers,
     dense networks in fp32, masks of torch.nn.utils.prune, metrics read at each step."""
     mixup = torch.distributions.Beta(data.settings.mixup_alpha, data.settings.mixup_alpha)
     workers = {"num_workers": os.cpu_count(), "persistent_workers": True}
     loader = DataLoader(PilImages(data), data.batch_size, shuffle=True, drop_last=True, **workers)
-    model = prune.with_masks(models.build("resnet18", data.classes).to(device))
-    rates = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-    optimizer = torch.optim.SGD(model.parameters(), **rates)
+    model = models.build("resnet18", data.classes)
+    model.load_state_dict(pruned.state_dict())
+    model = prune.with_masks(model.to(device))
+    decay = {"momentum": distill.MOMENTUM, "weight_decay": training.weight_decay}
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, nesterov=True, **decay)
     metric = MulticlassAccuracy(data.classes, average="micro").to(device)
 
     def epoch() -> None:
@@ -353,7 +361,7 @@ def measure_export(args: argparse.Namespace, device: torch.device) -> dict:
             checkpoint.save(path, model, meta, bits)
             add(f"`.pth`, {bits} bits", path.stat().st_size, sparse(checkpoint.load(path)[0]))
     for bits in (32, 8) if export.compiler() else ():
-        _, source = export.c_file(model, meta, "net", bits, [])
+        _, source = export.c_file(model, meta, "net", bits)
         library = export.CLibrary(source.text(), "net", meta["num_classes"])
         add(f"`.c`, {bits} bits", source.table_bytes, library)
     for name, module in (

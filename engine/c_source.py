@@ -32,8 +32,8 @@ class CSource:
     `name` is a C identifier, see `identifier`. `bits`: 32 for float weights; 16, or 2 to 8, for
     integers with a scale for each output channel, exact for weights of `checkpoint.fake_quantize`
     (the first layer's stay floats). `classes` are names, of any characters; by default "0", "1" and
-    so on. `notes` are lines for the comment at the top, which also has the name of the `file`, by
-    default that of the network. Raises ValueError for a wrong number of classes.
+    so on. `file` is the name of the file in its comment, by default that of the network. Raises
+    ValueError for a wrong number of classes.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class CSource:
         name: str,
         bits: int = 32,
         classes: Sequence[str] = (),
-        notes: Sequence[str] = (),
         file: str = "",
     ):
         network = sparse_copy(model, grey)
@@ -53,7 +52,7 @@ class CSource:
         self.classes = [*classes] or [str(n) for n in range(count)]
         if len(self.classes) != count:
             raise ValueError(f"{len(self.classes)} names for {count} classes")
-        self.name, self.bits, self.notes = name, bits, notes
+        self.name, self.bits = name, bits
         self.file = file if re.fullmatch(r"\w[\w.-]*", file, re.A) else f"{name}.c"
         self.table_bytes = 0
         self.tables: list[str] = []
@@ -67,14 +66,14 @@ class CSource:
         """RAM for the feature maps."""
         return 4 * self.cells
 
-    def text(self) -> str:
-        """The file."""
+    def text(self, notes: Sequence[str] = ()) -> str:
+        """The file; `notes` are lines for the comment at its top."""
         image, logits = self.plan.image, self.plan.logits
         program = string.Template(PROGRAM).substitute(
             name=self.name, classes=logits.channels, channels=image.channels, size=image.size
         )
         parts = [
-            self._comment(),
+            self._comment(notes),
             string.Template(HEAD).substitute(name=self.name, classes=logits.channels),
             f"const char *const {self.name}_classes[{logits.channels}] = {{",
             *(f"    {_string(name)}," for name in self.classes),
@@ -87,11 +86,11 @@ class CSource:
         ]
         return "\n".join(parts)
 
-    def _comment(self) -> str:
+    def _comment(self, notes: Sequence[str]) -> str:
         image, name = self.plan.image, self.name
         layout = "" if image.channels == 1 else "three planes (red, green, blue) of "
         lines = [
-            *(note.replace("*/", "* /") for note in self.notes),
+            *(note.replace("*/", "* /") for note in notes),
             "",
             f"{name}_logits takes {layout}{image.size} rows of {image.size} pixels in 0..255.",
             f"It writes {self.plan.logits.channels} logits; the largest is that of the class.",
@@ -401,9 +400,13 @@ int main(int argc, char **argv)
 {
     static uint8_t image[$channels * $size * $size];
     float logits[$classes];
-    FILE *file = argc == 2 ? fopen(argv[1], "rb") : NULL;
+    if (argc != 2) {
+        fprintf(stderr, "usage: %s FILE (an unpacked IDX file of images)\n", argv[0]);
+        return 2;
+    }
+    FILE *file = fopen(argv[1], "rb");
     if (file == NULL) {
-        fprintf(stderr, "usage: %s FILE, an IDX file of images\n", argv[0]);
+        fprintf(stderr, "%s: cannot be opened\n", argv[1]);
         return 2;
     }
     const long kind = number(file), images = number(file);

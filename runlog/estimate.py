@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from torch import Generator, nn
 
-import checkpoint
 import distill
 import models
 import prune
@@ -62,7 +61,7 @@ def step_times(
 
     def networks_of(name: str) -> list[nn.Module]:
         files = run.given["student" if name == "pruned" else name]
-        return [checkpoint.load(f)[0] for f in files] or [build(first[name], run.settings)]
+        return [run.load(f)[0] for f in files] or [build(first[name], run.settings)]
 
     has_teacher = run.settings["teacher_from"] != "none"
     teachers = networks_of("teacher" if has_teacher else next(reversed(first)))
@@ -79,8 +78,11 @@ def step_times(
         cuda = context.device.type == "cuda"
         enough = 2 * distill.CudaGraphed.WARMUP_CALLS + 3 if cuda else 5
         for _, (batch, targets) in zip(range(enough), batches, strict=False):
+            batch, targets = runtime.local_shard(batch), runtime.local_shard(targets)
             began = time.perf_counter()
             logits = teacher.logits(batch) if distilled else None
+            if logits is not None:
+                logits.sum().item()  # until it is computed
             forwarded = time.perf_counter()
             loss, _ = state.step(batch, targets, logits, rate=0.0)
             loss.item()

@@ -33,7 +33,7 @@ def curves(metrics: Path) -> bytes:
         ("val_accuracy", "tab:blue", "validation"),
         ("val_accuracy_average", "tab:orange", "validation, EMA of the weights"),
     ):
-        for _, part in rows.groupby("stage", sort=False):  # a line for each network
+        for _, part in rows.groupby(["stage", "round"], sort=False):  # a line for each network
             top.plot(part.index + 1, 100 * part[column], color=color, label=label)
             label = None
     seen = rows[["train_accuracy", "val_accuracy", "val_accuracy_average"]].stack()
@@ -141,7 +141,7 @@ def layers(kept: dict[str, int], live: dict[str, int]) -> bytes:
     return _png(figure)
 
 
-def confusion(images_u8: Tensor, labels: Tensor, probs: Tensor, classes: Sequence[str]) -> bytes:
+def confusion(labels: Tensor, probs: Tensor, classes: Sequence[str]) -> bytes:
     """How often each class (row) was taken for each other (column), in percent of the class."""
     n = len(classes)
     counts = np.zeros((n, n))

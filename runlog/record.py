@@ -14,11 +14,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch import nn
+
 import checkpoint
 import runtime
 from distill import Stage
 
 STATE, STATE_BEFORE = "state.pt", "state-before.pt"
+HASHES = {  # settings that are hashes, and what to say if they differ
+    "files": "the images have changed",
+    "teacher_files": "another --teacher",
+    "student_files": "another --student",
+}
 HERE = Path(__file__).resolve().parent.parent  # the project
 RUNS = HERE / "runs"
 RESULTS = RUNS / "results.csv"  # of this machine
@@ -72,9 +80,14 @@ class Run:
                 checkpoint.write(record, json.dumps(known, indent=2))
             parts = ("settings", "machine") if isinstance(known, dict) else ()
             if not parts or not all(isinstance(known.get(part), dict) for part in parts):
-                raise ValueError(f"{record.name} is not the record of a run")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.folder}: cannot be used for the run ({error})") from None
+                raise ValueError
+        except ValueError:
+            raise UsageError(
+                f"{record}: damaged, or not the record of a run; choose another --name, or remove "
+                "the folder"
+            ) from None
+        except OSError as error:
+            raise UsageError(_unusable(self.folder, error)) from None
         if known["settings"].keys() != self.settings.keys():
             raise UsageError(
                 f"{self.folder} holds a run of another version of train.py, whose settings no "
@@ -83,28 +96,36 @@ class Run:
         if changes := _changes(known["settings"], self.settings):
             raise UsageError(
                 f"{self.folder} holds a run with other settings ({changes}); choose another "
-                "--name, or resume it with the settings it was started with"
+                "--name, or resume it with the settings and images it was started with"
             )
         if "stages" not in known and (changes := _changes(known["machine"], machine)):
-            print(
-                f"train.py: warning: the run was begun on another machine ({changes}): its weights "
-                "will not be those of a run that was never stopped",
-                file=sys.stderr,
+            _warn(
+                f"the run was begun with another device or number of threads ({changes}): its "
+                "weights will differ from those of a run that was never stopped"
             )
         return known
 
     def _read_state(self) -> dict:
         """The newest state that can be read; {} if there is none."""
-        for name in (STATE, STATE_BEFORE):
-            path = self.folder / name
+        state, damaged = {}, []
+        for path in (self.folder / STATE, self.folder / STATE_BEFORE):
             try:
                 if path.exists():
-                    return checkpoint.read(path)
-            except checkpoint.CheckpointError as error:
-                print(f"train.py: warning: {error}; resuming from the one before", file=sys.stderr)
-                if runtime.rank() == 0:
-                    path.unlink()  # it must not become the one before
-        return {}
+                    state = checkpoint.read(path)
+                    break
+            except checkpoint.CheckpointError:
+                damaged.append(path)
+        for path in damaged:
+            then = f"resuming from {STATE_BEFORE}" if state else "its stage starts anew"
+            _warn(f"{path}: damaged, cannot be loaded; {then}")
+            if runtime.rank() == 0:
+                path.unlink()  # it must not become the one before
+        return state
+
+    def load(self, file: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
+        """As `checkpoint.load`: of a 3x3 stem in a given student, --stem says what follows it."""
+        stem = self.settings["stem"] if file in self.given.get("student", ()) else None
+        return checkpoint.load(file, device, stem)
 
     @property
     def finished(self) -> bool:
@@ -145,12 +166,27 @@ class Run:
         ours = [r for r in self.rows if (r["stage"], r["round"]) == (stage.name, stage.round)]
         return round(sum(row["seconds"] for row in ours) / 60, 1)
 
-    def finish(self, record: dict) -> None:
-        """Write the record, and remove the states: all that they hold is in the other files."""
+    def add(self, record: dict) -> None:
+        """Add the results to the record, which `finish` writes."""
         self.record |= {**record, "minutes": round(self.minutes, 1), "commit": commit()}
+
+    def finish(self) -> None:
+        """Write the record, and remove the states: all that they hold is in the other files."""
         checkpoint.write(self.folder / "run.json", json.dumps(self.record, indent=2))
         for name in (STATE, STATE_BEFORE):
             (self.folder / name).unlink(missing_ok=True)
+
+
+def _warn(text: str) -> None:
+    if runtime.rank() == 0:
+        print(f"train.py: warning: {text}", file=sys.stderr)
+
+
+def _unusable(folder: Path, error: OSError) -> str:
+    return (
+        f"{folder}: cannot be used for the run ({error.strerror}); make it writable, or choose "
+        "another --name"
+    )
 
 
 def _changes(before: dict, now: dict, longest: int = 60) -> str:
@@ -160,6 +196,8 @@ def _changes(before: dict, now: dict, longest: int = 60) -> str:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changes += [f"{key} {inner}"] if (inner := _changes(old, new, longest)) else []
+        elif old != new and key in HASHES:
+            changes.append(HASHES[key])
         elif old != new:
             if isinstance(old, list) and isinstance(new, list):  # only what differs, of classes
                 old, new = [x for x in old if x not in new], [x for x in new if x not in old]
@@ -179,14 +217,15 @@ def lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UsageError(f"{folder}: another process is training this run") from None
         except OSError as error:
-            raise UsageError(f"{folder}: cannot be used for the run ({error})") from None
+            raise UsageError(_unusable(folder, error)) from None
         yield
 
 
 def add_results(rows: list[dict]) -> None:
-    """Add rows to the table of this machine's results, which git ignores."""
+    """Add rows to the table of this machine's results, which git ignores; not those it has."""
     old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    checkpoint.write(RESULTS, to_csv([*old, *rows]))
+    new = [{key: str(value) for key, value in row.items()} for row in rows]
+    checkpoint.write(RESULTS, to_csv([*old, *(row for row in new if row not in old)]))
 
 
 def recorded_accuracy(command: str) -> str:

@@ -41,7 +41,7 @@ def write_report(
     uneven = (sizes.max() > 2 * sizes.min()).item()  # then accuracy says little of rare classes
     rows, exact = [], replace(context, bf16=False)
     for title, path, minutes in files:
-        model, meta = checkpoint.load(path, context.device)
+        model, meta = run.load(path, context.device)
         last = path == files[-1][1]
         val_logits = exact.logits(model, val[0]) if val and (uneven or last) else None
         test_logits = exact.logits(model, test[0]) if test else None
@@ -62,7 +62,7 @@ def write_report(
     size = source.image_size
     summary = torchinfo.summary(prune.with_masks(model.cpu()), (1, 3, size, size), verbose=0)
     checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
-    run.finish(
+    run.add(
         {
             "stages": rows,
             "classes": len(source.classes),
@@ -80,6 +80,7 @@ def write_report(
     if not run.settings["quick"] and source.name == "fashion-mnist":
         record.add_results(result_rows(run))
     pictures(run.folder, model, source, test or val, test_logits if test else val_logits)
+    run.finish()  # last: a run without its record writes all of this again
 
 
 def balanced(logits: Tensor, labels: Tensor) -> float:
@@ -135,7 +136,7 @@ def pictures(
     """Write the plots: curves, layers and, for the images `shown` and their `logits`, confusion and
     mistakes.
 
-    They come after the record: a plot that cannot be drawn is a warning, not an error.
+    A plot that cannot be drawn is a warning, not an error.
     """
     try:
         from runlog import plots
@@ -150,14 +151,15 @@ def pictures(
         "layers": functools.partial(plots.layers, kept, could),
     }
     if shown is not None:
-        results = shown[0].cpu(), shown[1].cpu(), logits.cpu().softmax(1), source.classes
+        results = shown[1].cpu(), logits.cpu().softmax(1), source.classes
         drawings["confusion"] = functools.partial(plots.confusion, *results)
-        drawings["mistakes"] = functools.partial(plots.mistakes, *results)
+        drawings["mistakes"] = functools.partial(plots.mistakes, shown[0].cpu(), *results)
     for name, draw in drawings.items():
         try:
             checkpoint.write(folder / f"{name}.png", draw())
         except Exception as error:  # whatever a plot fails on
-            print(f"train.py: warning: {name}.png could not be drawn ({error})", file=sys.stderr)
+            reason = str(error).partition(";")[0]
+            print(f"train.py: warning: no picture {name}.png ({reason})", file=sys.stderr)
 
 
 def print_summary(run: Run) -> None:
@@ -173,7 +175,8 @@ def print_summary(run: Run) -> None:
     splits = ["val_accuracy", "test_accuracy"]
     splits += [key for key in ("val_balanced", "test_balanced") if key in stages[-1]]
     (student,) = [row for row in stages if row["stage"] == "student"]
-    split = next((key for key in splits if stages[-1][key] is not None), None)
+    both = stages[-1], student
+    split = next((k for k in splits if all(row[k] is not None for row in both)), None)
 
     titles = [key.replace("_accuracy", "").replace("_balanced", " bal.") for key in splits]
     columns = "".join(f"{title:>10}" for title in [*titles, "-student"])
@@ -190,19 +193,20 @@ def print_summary(run: Run) -> None:
     if split is None:
         return
     left, chance = stages[-1][split], 1 / run.record["classes"]
+    whole = student[split]
     quick = run.settings["quick"]
     longer = "the full chain" if quick else "a larger --length"
-    if left < 2 * chance and chance < 0.3:
+    if whole < 2 * chance and chance < 0.3:
+        cost = f"the unpruned student's accuracy is near chance ({chance:.0%})"
+    elif left < 2 * chance and chance < 0.3:
         cost = f"the pruned network has collapsed, its accuracy is near chance ({chance:.0%})"
-    elif (lost := student[split] - left) > WARN_ACCURACY_DROP:
+    elif (lost := whole - left) > WARN_ACCURACY_DROP:
         where = "validation" if split == "val_accuracy" else "test"
         cost = (
             f"pruning has cost {100 * lost:.1f} points on {where}: the unpruned student has "
-            f"{student[split]:.1%}, {stages[-1]['parameters']:,} parameters have {left:.1%}"
+            f"{whole:.1%}, {stages[-1]['parameters']:,} parameters have {left:.1%}"
         )
     else:
         return
-    print(
-        f"train.py: warning: {cost}; a larger --budget or {longer} may help",
-        file=sys.stderr,
-    )
+    helps = longer if cost.startswith("the unpruned") else f"a larger --budget or {longer}"
+    print(f"train.py: warning: {cost}; {helps} may help", file=sys.stderr)

@@ -125,7 +125,9 @@ def test_the_stem_is_kept_and_seen_in_plain_files(stem, narrow, path):
         assert isinstance(again.maxpool, torch.nn.Identity) == (stem == 1)
         for other in set(models.STEMS) - {stem}:
             if {stem, other} != {1, 2} or write.__code__.co_names[0] == "checkpoint":
-                with pytest.raises(checkpoint.CheckpointError, match=f"its stem is .*not {other}"):
+                with pytest.raises(
+                    checkpoint.CheckpointError, match=f"--stem {other}, but its stem is "
+                ):
                     checkpoint.load(path, stem=other)
     assert checkpoint.load(path)[1]["stem"] == {4: 4, 2: 1, 1: 1}[stem]  # the plain file
 
@@ -200,7 +202,10 @@ def test_state_dicts_of_other_training_programs(kind, narrow_resnet18, path):
             assert torch.equal(tensor, state[name]), name
     assert meta.get("ignored") == ignored
     note = checkpoint.fill_missing_meta_(meta, path, 28, False, None)
-    assert note == (ignored and f"{path} also holds {ignored}, which is ignored")
+    assumed = f"{path} does not say what images it is for: taken to be 28x28, grayscale; "
+    assert note.startswith(assumed)
+    also = f"; {path} also holds {ignored}, which is ignored" if ignored else "say otherwise"
+    assert note.endswith(also)
     checkpoint.save(path, model, meta)
     assert "ignored" not in checkpoint.load(path)[1]
 
@@ -269,7 +274,7 @@ def damage(path, kind):
         checkpoint._unpack(content[name], checkpoint.DTYPES[name], 10**6)
         for name in ("values", "gaps")
     )
-    if kind in ("other shapes", "lacks a layer", "more layers"):
+    if kind in ("other shapes", "lacks a layer", "more layers", "deeper"):
         plain = checkpoint.load(path)[0].state_dict()
     if kind == "missing":
         path.unlink()
@@ -310,6 +315,9 @@ def damage(path, kind):
     if kind == "more layers":
         torch.save({**plain, "head.weight": torch.ones(1)}, path)
         return "also has head.weight"
+    if kind == "deeper":
+        torch.save({**plain, "layer1.2.bn1.bias": torch.ones(64)}, path)
+        return "only ResNet18 and ResNet50"
     if kind == "architecture":
         edit(path, meta={"arch": "resnet34"})
         return "unknown architecture 'resnet34'"
@@ -325,7 +333,7 @@ def damage(path, kind):
         return "not finite"
     if kind == "over budget":
         edit(path, meta={"budget": 99_999})
-        return "over its 99999"
+        return "more than its budget of 99,999"
     if kind == "miscounted":
         values[5] = 0
         edit(path, values=values)
@@ -405,8 +413,8 @@ def damage_bits(path, kind):
 
 KINDS = (
     "missing", "empty", "truncated", "text", "folder", "code", "bare pickle", "no state dict",
-    "other network", "other shapes", "lacks a layer", "more layers", "architecture", "stem",
-    "version", "NaN", "over budget", "miscounted", "positions", "positions beyond",
+    "other network", "other shapes", "lacks a layer", "more layers", "deeper", "architecture",
+    "stem", "version", "NaN", "over budget", "miscounted", "positions", "positions beyond",
     "too few values", "too many others", "dtype", "flipped bit", "cut short", "bomb", "classes",
 )  # fmt: skip
 

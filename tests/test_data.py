@@ -244,7 +244,9 @@ def test_unpacked_files_of_another_data_set_are_not_taken_for_it(dataset, tmp_pa
     for name in data.FILES:
         with data._unpacked(data._idx_path(data.find().path, name)) as file:
             (raw / name).write_bytes(file.read())
-    with pytest.raises(data.DataError, match=f"raw: its files have other labels than {dataset}'s"):
+    with pytest.raises(
+        data.DataError, match=f"raw: the labels in this folder are not those of {dataset}"
+    ):
         data.find(tmp_path, dataset)
 
 

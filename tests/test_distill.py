@@ -219,7 +219,9 @@ def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given(narrow):
 def test_the_loop_learns(tiny, tiny_data, tmp_path):
     """The real loop brings a network from chance to order on images with an easy pattern."""
     batches = replace(shrunk.CHAIN.batches, images=None, mixup_alpha=0.0)
-    images, context = train.prepare(data.find(tiny_data), batches, torch.device("cpu"), flip=False)
+    source = data.find(tiny_data)
+    loaded = data.load_train(source, False)
+    images, context = train.prepare(source, loaded, batches, torch.device("cpu"), flip=False)
     torch.manual_seed(0)
     rows = []
     model = distill.fit(
@@ -250,7 +252,8 @@ def test_augmented_and_unaugmented_batches_repeat_equally_often():
         for epoch in range(epochs):
             drawn = distill.augment_epoch(epoch, stage)
             assert drawn <= epoch
-            assert distill.is_unaugmented(drawn, epochs) == distill.is_unaugmented(epoch, epochs)
+            augmented = distill.augmented_epochs(epochs)
+            assert (drawn < augmented) == (epoch < augmented)
     assert [distill.augment_epoch(epoch, distill.Training(12)) for epoch in range(12)] == list(
         range(12)
     )
@@ -275,7 +278,9 @@ def test_missing_channels_are_no_zeros_that_pay_to_skip():
 def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, tiny_data):
     """Kept answers change no weight, and a training that was stopped needs none of them."""
     batches = replace(shrunk.CHAIN.batches, images=None)
-    images, context = train.prepare(data.find(tiny_data), batches, torch.device("cpu"))
+    source = data.find(tiny_data)
+    loaded = data.load_train(source, False)
+    images, context = train.prepare(source, loaded, batches, torch.device("cpu"))
     torch.manual_seed(0)
     model, teacher = (
         models.build("resnet18", 10),

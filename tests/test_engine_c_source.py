@@ -47,7 +47,7 @@ def write_idx(path, images_u8):
 def compare(folder, flags, model, images_u8, bits=32, classes=(), name="net"):
     """Compile with `flags`; program, library and PyTorch must agree."""
     meta = {"image_size": images_u8.shape[-1], "grey": images_u8.dim() == 3, "classes": classes}
-    network, source = export.c_file(model, meta, name, bits, ["A network."])
+    network, source = export.c_file(model, meta, name, bits)
     (folder / "net.c").write_text(source.text())
     made = cc(folder, *STRICT, *flags, "-O1", "-DCLASSIFY_MAIN", "net.c", "-o", "classify")
     assert made.returncode == 0, made.stderr[:2000]

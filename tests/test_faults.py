@@ -91,7 +91,12 @@ def test_a_damaged_state_falls_back_to_the_one_before(tiny, tmp_path, monkeypatc
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert record.Run(tmp_path, {"seed": 0}, {}, "", {"threads": 2}, True).minutes == 1.0
-    assert "state.pt: cannot be loaded" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "state.pt: damaged, cannot be loaded; resuming from state-before.pt" in error
+    path.write_bytes(content)
+    before.write_bytes(content)
+    run = record.Run(tmp_path, {"seed": 0}, {}, "", {"threads": 2}, True)
+    assert run.minutes == 0 and capsys.readouterr().err.count("its stage starts anew\n") == 2
 
 
 def test_a_second_process_on_a_run_is_refused(tiny, tmp_path, capsys):
@@ -139,6 +144,6 @@ def test_a_folder_that_vanishes_ends_with_one_line(tiny, tmp_path, monkeypatch, 
 def test_a_collapsed_network_is_called_out(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distill, "validate", lambda *args: 0.1)
     assert train.main(tiny) == 0
-    collapsed = "has collapsed" in capsys.readouterr().err
+    collapsed = "is near chance" in capsys.readouterr().err
     meta = checkpoint.load(tmp_path / "runs" / "quick-seed0" / "pruned_resnet18.pth")[1]
     assert collapsed == (meta["val_accuracy"] < 0.2)

@@ -102,7 +102,7 @@ def test_images_that_were_added_are_noticed(tiny, folder, monkeypatch, capsys):
     assert train.main(flags) == 130
     (folder / "train" / "left" / "0.png").rename(folder / "train" / "left" / "more.png")
     assert train.main(flags) == 2
-    assert "(files: " in capsys.readouterr().err
+    assert "(the images have changed)" in capsys.readouterr().err
     for name in ("up", "down"):
         (folder / "train" / name).mkdir()
         Image.new("RGB", (40, 40)).save(folder / "train" / name / "0.png")
@@ -141,7 +141,8 @@ def test_a_part_of_the_images_has_a_fifth_as_many_for_validation(tmp_path):
     place = color(tmp_path / "own", n=8, classes=3)
     shutil.copytree(place / "train", place / "val")
     batches = distill.Batches(images=15)
-    images, _ = train.prepare(data.find(place), batches, torch.device("cpu"))
+    loaded = data.load_train(data.find(place), False)
+    images, _ = train.prepare(data.find(place), loaded, batches, torch.device("cpu"))
     assert len(images.labels) == 15
     assert images.val[1].tolist() == [0, 1, 2]  # they lie class by class
 
@@ -251,8 +252,8 @@ def test_all_files_that_cannot_be_read_are_named(folder, tmp_path, tiny, capsys)
     [
         ("no train", "has no folder train/"),
         ("two names", "train/, training/ are all for the split train"),
-        ("classes alone", "its folders with images (left/, middle/, right/) belong into"),
-        ("classes alone", "/train/ for training, or into test/ for predictions"),
+        ("classes alone", "move its folders of images (left/, middle/, right/) to"),
+        ("classes alone", "/test/ for predictions"),
         ("other names", "rename those with folders of classes (test_set/, training_set/)"),
         ("folder above", "did you mean"),
         ("two above", "did you mean"),
@@ -261,6 +262,8 @@ def test_all_files_that_cannot_be_read_are_named(folder, tmp_path, tiny, capsys)
         ("one class", "at least two"),
         ("unknown class", "no such class in"),
         ("size", "--image-size 4"),
+        ("flat test", "no images in folders of classes (test/<class>/*.png)"),
+        ("typo", "own-typo: there is no such folder"),
     ],
 )
 def test_folders_that_cannot_be_trained_on(change, message, folder, tiny, capsys):
@@ -292,6 +295,12 @@ def test_folders_that_cannot_be_trained_on(change, message, folder, tiny, capsys
         (folder / "test" / "else").mkdir()
     if change == "size":
         more = ["--image-size", "4"]
+    if change == "flat test":
+        shutil.rmtree(folder / "test")
+        (folder / "test").mkdir()
+        shutil.copy(next((folder / "train").rglob("*.png")), folder / "test" / "1.png")
+    if change == "typo":
+        folder, more = folder.with_name("own-typo"), ["--dataset", "kmnist"]
     assert train.main(["--quick", "--device", "cpu", "--data", str(folder), *more]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -339,7 +348,7 @@ def test_a_data_set_that_cannot_be_had_is_said_so(monkeypatch, tmp_path):
         raise RuntimeError("no route\nto host")
 
     monkeypatch.setattr(torchvision.datasets, "KMNIST", refuse)
-    with pytest.raises(data.DataError, match="kmnist is not there, and not to be had"):
+    with pytest.raises(data.DataError, match="kmnist was not found and could not be downloaded"):
         data.find(tmp_path, "kmnist")
     assert not list(tmp_path.iterdir())
 
@@ -372,7 +381,7 @@ def test_dark_colors_of_16_bits_are_refused(tmp_path):
             content += struct.pack(">I", len(part)) + kind + part + check
         (tmp_path / f"{name}.png").write_bytes(content)
     assert (data.read_image(tmp_path / "bright.png", 8, grey=True) == 255).all()
-    with pytest.raises(ValueError, match="12 or less"):
+    with pytest.raises(ValueError, match="at most 12 of its 16 bits"):
         data.read_image(tmp_path / "dark.png", 8, grey=True)
 
 
@@ -426,13 +435,15 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", [*BAD, "float.npy", "objects.npy", "folder"])
+@pytest.mark.parametrize("name", [*BAD, "float.npy", "objects.npy", "fortran.npy", "folder"])
 def test_files_that_cannot_be_classified(name, tmp_path, shipped_like, capsys):
     path, out = tmp_path / name, tmp_path / "out.csv"
     if BAD.get(name) is not None:
         path.write_bytes(BAD[name])
     if name == "float.npy":
         np.save(path, np.zeros((3, 28, 28)))
+    if name == "fortran.npy":
+        np.save(path, np.asfortranarray(np.zeros((3, 28, 28), np.uint8)))
     if name == "objects.npy":
         np.save(path, np.array([{}, []], dtype=object), allow_pickle=True)
     if name == "folder":
@@ -441,6 +452,7 @@ def test_files_that_cannot_be_classified(name, tmp_path, shipped_like, capsys):
     assert predict.main(["-w", str(shipped_like), "-o", str(out), str(path)]) == 2
     error = capsys.readouterr().err
     assert name in error and error.count("\n") == 1 and error.startswith("predict.py: ")
+    assert name != "fortran.npy" or "Fortran order" in error
     assert out.read_text() == "precious"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -761,8 +773,9 @@ def predicted(tmp_path, capsys, narrow):
 def test_a_teacher_that_does_not_say_its_images_is_named(folder, tmp_path, narrow, capsys):
     path = tmp_path / "plain.pth"
     torch.save(models.build("resnet18", 3).state_dict(), path)
-    train.check_given("--teacher", path, data.find(folder))
-    assert f"{path} does not say its classes and images" in capsys.readouterr().err
+    train.check_given("teacher", path, data.find(folder), None)
+    error = capsys.readouterr().err
+    assert f"{path} does not say its classes and images" in error and "stem 4" in error
 
 
 def test_the_weights_decide_the_order_of_the_classes(folder, predicted):
@@ -780,7 +793,7 @@ def test_test_images_may_lack_a_class(train_too, folder, predicted):
     rows, _, error = predicted(folder, ["left", "middle", "right"])
     assert len(rows) == 12 and "has no images of the classes middle" in error
     code, _, error = predicted(folder, ["left", "middle", "wrong"])
-    assert code == 2 and "is for the classes left, middle, wrong" in error and "right" in error
+    assert code == 2 and "trained for the classes left, middle, wrong" in error and "right" in error
 
 
 def test_the_weights_decide_whether_images_are_grey(folder, predicted, monkeypatch):

@@ -70,7 +70,9 @@ def test_bad_outputs_are_found_before_the_work(flags, capsys, tmp_path, monkeypa
     monkeypatch.setattr(models, "infer", None)
     weights = tmp_path / "weights.pth"
     for bad in (tmp_path / "absent" / "out.csv", tmp_path, weights):
-        assert "cannot be written" in fails([*flags, "-o", str(bad)], capsys, tmp_path)
+        error = fails([*flags, "-o", str(bad)], capsys, tmp_path)
+        assert "cannot be written" in error
+        assert bad.parent.exists() or f"there is no folder {bad.parent}" in error
 
 
 def test_missing_images_and_devices(flags, capsys, tmp_path, monkeypatch):
@@ -81,6 +83,8 @@ def test_missing_images_and_devices(flags, capsys, tmp_path, monkeypatch):
     assert only in fails([*flags, "--engine", "sparse"], capsys, tmp_path)
     monkeypatch.undo()
     assert "absent" in fails([*flags, "--data", str(tmp_path / "absent")], capsys, tmp_path)
+    typo = str(tmp_path / "typo.png")
+    assert f"{typo}: there is no such file or folder\n" in fails([*flags, typo], capsys, tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [[], ["-w", "x", "--batch-size", "0"], ["-w", "x", "--gray"]])
@@ -170,8 +174,7 @@ def test_plain_files_are_for_the_images_that_the_user_says(stem, tmp_path, capsy
     guess = "" if stem == 4 else ", stem 1"
     assert capsys.readouterr().err == (
         f"predict.py: {weights} does not say what images it is for: taken to be 28x28, "
-        f"grayscale{guess}"
-        "\n"
+        f"grayscale{guess}; --image-size, --color and --stem say otherwise\n"
     )
 
 
@@ -180,8 +183,8 @@ def test_plain_files_are_for_the_images_that_the_user_says(stem, tmp_path, capsy
     [
         (["--image-size", "32"], "--image-size 32, but it is for 28x28, grayscale images"),
         (["--color"], "--color, but it is for"),
-        (["--stem", "2"], "its stem is 4, not 2"),
-        (["--image-size", "4"], "possible are 8 to 512"),
+        (["--stem", "2"], "--stem 2, but its stem is 4; leave --stem out"),
+        (["--image-size", "4"], "must be from 8 to 512"),
     ],
 )
 def test_flags_against_what_the_file_says(said, message, flags, capsys, tmp_path):

@@ -32,7 +32,7 @@ def test_classes_may_have_any_name():
     names = ["costs $5 to $6", "$\\frac{$", "短袖", "_^{}"]
     labels, probs = torch.arange(4), torch.eye(4).roll(1, 0)
     images = torch.zeros(4, 28, 28, dtype=torch.uint8)
-    assert plots.confusion(images, labels, probs, names)[:4] == b"\x89PNG"
+    assert plots.confusion(labels, probs, names)[:4] == b"\x89PNG"
     assert plots.mistakes(images, labels, probs, names)[:4] == b"\x89PNG"
 
 
@@ -44,7 +44,7 @@ def test_pictures_are_drawn_without_a_word(metrics, caplog, capfd, monkeypatch, 
     with caplog.at_level(logging.WARNING):
         plots.curves(metrics)
         plots.layers({"conv1.weight": 20}, {"conv1.weight": 9408})
-        plots.confusion(None, torch.arange(2), torch.eye(2), ["Pied-de-poule", "Größe"])
+        plots.confusion(torch.arange(2), torch.eye(2), ["Pied-de-poule", "Größe"])
     assert not caplog.records and not recwarn.list and capfd.readouterr() == ("", "")
 
 
@@ -53,10 +53,10 @@ def test_characters_are_drawn_in_a_font_that_has_them_or_named_once(monkeypatch,
     monkeypatch.setattr(plots, "_said", set())
     fonts = [font for font in plots.fontManager.ttflist if font.name[:4] in ("Deja", "STIX")]
     monkeypatch.setattr(plots.fontManager, "ttflist", fonts)
-    plots.confusion(None, torch.arange(2), torch.eye(2), ["\u1d84", "b"])
+    plots.confusion(torch.arange(2), torch.eye(2), ["\u1d84", "b"])
     assert capfd.readouterr() == ("", "")
     for _ in range(2):
-        plots.confusion(None, torch.arange(2), torch.eye(2), ["短袖", "鞋"])
+        plots.confusion(torch.arange(2), torch.eye(2), ["短袖", "鞋"])
     error = capfd.readouterr().err
     assert error.startswith("warning: no installed font has the characters 短袖鞋, they")
     assert error.count("\n") == 1
@@ -76,7 +76,7 @@ def test_the_stages_are_named_above_the_curves(metrics, monkeypatch):
 def test_a_hundred_classes_can_be_read(monkeypatch):
     monkeypatch.setattr(plots, "_png", lambda figure: figure)
     names = [f"class {i}" for i in range(100)]
-    figure = plots.confusion(None, torch.arange(100), torch.eye(100), names)
+    figure = plots.confusion(torch.arange(100), torch.eye(100), names)
     figure.draw_without_rendering()
     labels = figure.axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == names

@@ -35,7 +35,7 @@ def test_a_run_goes_on_with_its_settings_only_and_says_what_changed(tmp_path):
 @pytest.mark.parametrize("content", ["[]", "{}", "17", '{"settings": 1}', "", "{"])
 def test_a_record_that_is_none_is_one_clear_line(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(record.UsageError, match="cannot be used for the run") as error:
+    with pytest.raises(record.UsageError, match="damaged, or not the record of a run") as error:
         record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
     assert "\n" not in str(error.value)
 

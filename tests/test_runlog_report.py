@@ -10,7 +10,7 @@ def shown(tmp_path, student, pruned, **settings):
         {"stage": stage, **common, **{f"{k}_{kind}": v for (k, kind), v in shares.items()}}
         for stage, shares in (("teacher", student), ("student", student), ("pruned", pruned))
     ]
-    run.finish({"stages": stages, "classes": 10})
+    run.add({"stages": stages, "classes": 10})
     report.print_summary(run)
 
 
@@ -30,15 +30,18 @@ def shares(val, test):
         (shares(0.98, 0.98), shares(0.1, 0.1), False,
          "the pruned network has collapsed, its accuracy is near chance (10%); a larger --budget "
          "or a larger --length may help"),
+        (shares(0.12, 0.12), shares(0.1, 0.1), True,
+         "the unpruned student's accuracy is near chance (10%); the full chain may help"),
         (shares(0.98, 0.98), shares(0.97, 0.5), False, None),
         (shares(None, None), shares(None, None), False, None),
+        (shares(None, None), shares(0.9, 0.9), False, None),
     ],
 )  # fmt: skip
 def test_the_report_says_what_pruning_has_cost(student, pruned, quick, warning, tmp_path, capsys):
     shown(tmp_path, student, pruned, quick=quick)
     out, err = capsys.readouterr()
     assert err == ("" if warning is None else f"train.py: warning: {warning}\n")
-    if pruned["val", "accuracy"] is not None:
+    if None not in (pruned["val", "accuracy"], student["val", "accuracy"]):
         cost = 100 * (pruned["val", "accuracy"] - student["val", "accuracy"])
         teacher, student_row, pruned_row = out.splitlines()[2:5]
         assert f"{cost:+.2f}" in pruned_row

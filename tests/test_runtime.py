@@ -135,9 +135,11 @@ def test_a_result_must_not_get_lost(stdout, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (RuntimeError("can't start new thread"), "set OMP_NUM_THREADS to fewer"),
+        (RuntimeError("can't start new thread"), "set a smaller OMP_NUM_THREADS"),
         (PermissionError(13, "Permission denied", "/x"), ": /x: Permission denied\n"),
-        (FileNotFoundError(2, "No usable temporary directory found"), "set TMPDIR to a folder"),
+        (FileNotFoundError(2, "No usable temporary directory found"), "set TMPDIR to a writable"),
+        (RuntimeError("CUDA out of memory. Tried to"), ": out of memory; smaller"),
+        (MemoryError(), ": out of memory; smaller images"),
         (OSError("odd"), ": odd\n"),
     ],
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny as shrunk
 import torch
+from torch import nn
 
 import checkpoint
 import data
@@ -76,7 +77,7 @@ def test_a_schedule_does_not_depend_on_random_weights(wide, monkeypatch):
 
     for of in (build, build_with_a_zero):
         monkeypatch.setattr(models, "build", of)
-        known.append(train.check(args, source, torch.device("cpu")))
+        known.append(train.check(args, source, torch.device("cpu"), 1000))
     assert known[0] == known[1]
 
 
@@ -332,14 +333,14 @@ def test_the_first_network_as_accurate_as_the_best_is_the_teacher(
     accuracies, given, expected, tmp_path, monkeypatch
 ):
     files = {name: [tmp_path / f"given_{name}.pth"] * (name in given) for name in train.STAGES}
-    run = record.Run(tmp_path / "run", {}, files, "", {}, False)
+    run = record.Run(tmp_path / "run", {"stem": 4}, files, "", {}, False)
     flags = ["--budget", "200000", "100000", *(["--teacher", "x"] if "teacher" in given else [])]
     settings = settings_of("--quick", *flags)
     settings["student_from"] = "given" if "student" in given else "trained"
     stages = train.stages_of(settings, 4_228_570)
     known = {tmp_path / f"given_{name}.pth": accuracy for name, accuracy in given.items()}
     known |= {run.path(s): accuracy for s, accuracy in zip(stages, accuracies, strict=False)}
-    monkeypatch.setattr(checkpoint, "load", lambda path: (None, {"val_accuracy": known[path]}))
+    monkeypatch.setattr(checkpoint, "load", lambda path, *_: (None, {"val_accuracy": known[path]}))
     teachers = [train.teacher_files(run, stage, stages) for stage in stages]
     names = ["".join(path.stem.split("_")[0] for path in paths) for paths in teachers]
     if "student" in given:  # the ResNet50 is trained all the same
@@ -347,6 +348,27 @@ def test_the_first_network_as_accurate_as_the_best_is_the_teacher(
         assert len(names) == 3
     else:
         assert names == expected
+
+
+@pytest.mark.parametrize("stem", [4, 2])
+def test_a_given_state_dict_is_pruned_and_its_teacher_is_not(stem, full, tmp_path, monkeypatch):
+    chain = replace(shrunk.CHAIN, pruned=replace(shrunk.CHAIN.pruned, epochs=1))
+    monkeypatch.setattr(train, "CHAIN", chain)
+    monkeypatch.setattr(estimate, "step_times", shrunk.STEP_TIMES)
+    plain, seen, fit = models.build("resnet18", 10, stem=stem), [], distill.fit
+
+    def watch(stage, model, *args, **kwargs):
+        seen.append((type(model.layer1[0]).__name__, isinstance(model.maxpool, nn.MaxPool2d)))
+        return fit(stage, model, *args, **kwargs)
+
+    monkeypatch.setattr(distill, "fit", watch)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    flags = [*full, "--student", str(tmp_path / "plain.pth"), "--stem", str(stem), "--name", "own"]
+    assert train.main(flags) == 0
+    assert seen == [("Bottleneck", False), ("BasicBlock", True)]  # of stride 1; of `stem`
+    _, meta = checkpoint.load(tmp_path / "runs" / "own" / "pruned_resnet18.pth")
+    assert meta["parameters"] == 100_000 and meta["stem"] == stem
+    assert train.main(flags) == 0  # shows the report again
 
 
 def test_a_given_network_is_pruned_or_fine_tuned(full, folder, tmp_path, monkeypatch, capsys):
@@ -378,8 +400,11 @@ def test_a_given_network_is_pruned_or_fine_tuned(full, folder, tmp_path, monkeyp
     }
     capsys.readouterr()
     for flags, message in (
-        (["--student", str(pruned), "--stem", "2"], "a resnet18 of --stem 4, not a resnet18 of"),
-        (["--student", str(folder / "teacher.pth")], "a resnet50 of --stem 1, not a resnet18"),
+        (
+            ["--student", str(pruned), "--stem", "2"],
+            "--stem 2, but its stem is 4; leave --stem out",
+        ),
+        (["--student", str(folder / "teacher.pth")], "a resnet50, not a resnet18"),
         (["--student", str(pruned), "--budget", "100001"], "has 100,000 parameters, fewer than"),
     ):
         assert train.main([*full, *flags]) == 2
@@ -430,21 +455,21 @@ def test_of_several_budgets_each_network_is_kept_and_measured(full, tmp_path):
     ("flags", "message"),
     [
         (["--device", "cuda"], "--device cuda"),
-        (["--budget", "10969"], "possible are 10,970"),
-        (["--budget", "5000000"], "to 4,228,554"),
+        (["--budget", "10969"], "must be from 10970 "),
+        (["--budget", "5000000"], "to 4228554"),
         (["--data", "absent"], "absent: there is no such folder"),
         (["--teacher", "absent.pth"], "absent.pth: cannot be loaded: No such file"),
         (["--name", "a/b"], "--name a/b"),
         (["--seed", "-1"], "--seed -1"),
         (["--length", "2"], "--quick and --length: choose one"),
-        (["--width", "1.5"], "--width: 0.05 to 1"),
+        (["--width", "1.5"], "--width 1.5: must be from 0.05 to 1"),
         (["--no-prune", "--budget", "9"], "--no-prune and --budget: choose one"),
         (["--no-prune", "--student", "a.pth"], "--no-prune and --student: nothing is left"),
         (["--student", "a.pth", "--imagenet"], "--student and --imagenet: choose one"),
-        (["--student", "a.pth", "--width", "1"], "--width: follows from --student"),
+        (["--student", "a.pth", "--width", "1"], "--student and --width: choose one"),
         (["--imagenet", "--width", "0.5"], "--imagenet needs --width 1"),
-        (["--teacher", "none", "a.pth"], "--teacher: none or files"),
-        (["--budget", "200000", "200000"], "--budget: twice the same number"),
+        (["--teacher", "none", "a.pth"], "--teacher: give none or files, not both"),
+        (["--budget", "200000", "200000"], "--budget: the same number twice"),
     ],
 )
 def test_bad_flags_end_with_one_line_before_any_work(
@@ -462,7 +487,7 @@ def test_bad_flags_end_with_one_line_before_any_work(
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"num_classes": 7}, "has 7 classes, the images have 10"),
+        ({"num_classes": 7}, "has 7 classes, but "),
         ({"classes": list(reversed(data.CLASSES))}, "was trained for the classes Ankle boot, Bag,"),
         ({"classes": list("oksnthmyrw")}, "was trained for the classes o, k, s, n, t, h, m, y"),
         ({"image_size": 64}, "was trained for images of 64 pixels a side, but"),
@@ -531,7 +556,7 @@ def test_a_run_of_another_version_is_refused_in_one_line(tiny, folder, capsys):
 def test_a_teacher_that_was_replaced_is_noticed(tiny, tmp_path, monkeypatch, capsys):
     path, meta = tmp_path / "t.pth", {"arch": "resnet18", "num_classes": 10}
     monkeypatch.setattr(train, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    for code, error in ((130, "resumes from here"), (2, "other settings (teacher_files: ")):
+    for code, error in ((130, "resumes this run"), (2, "other settings (another --teacher)")):
         checkpoint.save(path, models.build("resnet18", 10), meta)
         assert train.main([*tiny, "--teacher", str(path)]) == code
         assert error in capsys.readouterr().err
@@ -546,7 +571,7 @@ def test_a_picture_that_cannot_be_drawn_keeps_no_run_from_its_end(
     monkeypatch.setattr(plots, "confusion", fail)
     assert train.main(tiny) == 0
     printed = capsys.readouterr()
-    assert "confusion.png could not be drawn (Expected end of text)" in printed.err
+    assert "no picture confusion.png (Expected end of text)" in printed.err
     assert "everything is in" in printed.out and (folder / "mistakes.png").exists()
 
 
@@ -564,13 +589,15 @@ def test_processes_without_their_surroundings_are_one_clear_line(
 
 
 def test_imagenet_weights_that_cannot_be_had_are_said_so(wide, monkeypatch, capsys):
-    def refuse(*args, **kwargs):
-        raise OSError("no route to host")
+    for error in (OSError("no route to host"), RuntimeError("invalid hash value")):
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    assert train.main([*wide, "--imagenet"]) == 2
-    assert "--imagenet: the weights cannot be downloaded" in capsys.readouterr().err
+        def refuse(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+        assert train.main([*wide, "--imagenet"]) == 2
+        assert f"or their file is damaged ({error}); try again" in capsys.readouterr().err
 
 
 def test_other_settings_do_not_go_on_with_a_run(tiny, folder, monkeypatch, capsys):
