@@ -48,6 +48,7 @@ from torch import Tensor, nn
 import data
 import models
 import prune
+import runtime
 
 FORMAT, VERSIONS = "pruned-resnet", (2, 3)
 MAX_CLASSES = 10_000  # more count as damage: a file must not fill the memory
@@ -76,8 +77,8 @@ REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 ALONE = "torch.save(model.state_dict(), 'weights.pth')"
 
 
-class CheckpointError(Exception):
-    """A file that cannot be used; the message is one line for the user."""
+class CheckpointError(runtime.UserError):
+    """A file that cannot be used."""
 
     def __init__(self, message: str):
         super().__init__(_printable(message))

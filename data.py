@@ -79,8 +79,8 @@ SIZES = (8, 512)  # of the images, smallest and largest
 CHANNELS = 4  # so few pixels a side count as the channels of one image (H, W, C)
 
 
-class DataError(Exception):
-    """The images cannot be found or are damaged; the message is one line for the user."""
+class DataError(runtime.UserError):
+    """The images cannot be found or are damaged."""
 
 
 @dataclass(frozen=True)

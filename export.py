@@ -41,8 +41,8 @@ TOLERANCE = 1e-4  # largest difference from PyTorch's logits, relative to the la
 NOISE = 1000  # random images to check with, where there are no test images
 
 
-class ExportError(Exception):
-    """The network cannot be exported; the message is one line for the user."""
+class ExportError(runtime.UserError):
+    """The network cannot be exported."""
 
 
 class ExportModel(nn.Module):
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with torch.inference_mode():
             export_c(args) if args.c else export_bits(args) if args.bits < 32 else export_onnx(args)
-    except (ExportError, data.DataError, checkpoint.CheckpointError) as error:
+    except runtime.UserError as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2
     return 0

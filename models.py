@@ -10,6 +10,8 @@ import types
 import torch
 from torch import Tensor, nn
 
+import runtime
+
 try:
     import resource
 except ImportError:  # Windows has none
@@ -47,8 +49,8 @@ STEMS = (4, 2, 1)  # total stride of the layers before the first block
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
-class DeviceError(Exception):
-    """The device asked for is not there; the message is one line for the user."""
+class DeviceError(runtime.UserError):
+    """The device asked for is not there."""
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         predict(args)
-    except (models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
+    except runtime.UserError as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
     return 0

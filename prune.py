@@ -10,14 +10,16 @@ import copy
 import torch
 from torch import Tensor, nn
 
+import runtime
+
 MIN_CHANNELS = 8  # channels of a layer among which weights are protected, see `protected`
 MIN_WEIGHTS = 64  # protected weights of a layer
 
 Masks = dict[str, Tensor]  # bool, by the names and in the shapes of `weights`
 
 
-class BudgetError(ValueError):
-    """The budget cannot be met; the message is one line for the user."""
+class BudgetError(runtime.UserError):
+    """The budget cannot be met."""
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -48,8 +48,13 @@ except ImportError:  # Windows has none
 OUT_OF_MEMORY = "out of memory; smaller images or batches need less"
 
 
-class ParallelError(Exception):
-    """The processes cannot work together; the message is one line for the user."""
+class UserError(Exception):
+    """What was asked for cannot be done. The message is one line for the user; a script prints it
+    and ends with exit code 2."""
+
+
+class ParallelError(UserError):
+    """The processes cannot work together."""
 
 
 # --- messages and exit codes --------------------------------------------------------------------

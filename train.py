@@ -332,27 +332,20 @@ def start(args: argparse.Namespace) -> None:
 
 def check_combination(args: argparse.Namespace) -> None:
     """Raises UsageError for flags that contradict each other or are out of range."""
+    bounds = {"seed": (0, 10**9 - 1), "length": (0.01, 100), "width": (0.05, 1)}
+    for flag, (least, most) in bounds.items():
+        if (value := getattr(args, flag)) is not None and not least <= value <= most:
+            raise UsageError(f"--{flag} {value}: must be from {least} to {most}")
+    teachers, budgets = args.teacher or (), args.budget or ()
     for wrong, message in (
-        (not 0 <= args.seed < 10**9, f"--seed {args.seed}: must be from 0 to 999999999"),
         (args.quick and args.length, "--quick and --length: choose one"),
-        (
-            args.length is not None and not 0.01 <= args.length <= 100,
-            f"--length {args.length}: must be from 0.01 to 100",
-        ),
-        (
-            args.width is not None and not 0.05 <= args.width <= 1,
-            f"--width {args.width}: must be from 0.05 to 1",
-        ),
         (args.no_prune and args.budget, "--no-prune and --budget: choose one"),
         (args.no_prune and args.student, "--no-prune and --student: nothing is left to train"),
         (args.student and args.imagenet, "--student and --imagenet: choose one"),
         (args.student and args.width, "--student and --width: choose one"),
         (args.imagenet and args.width not in (None, 1), "--imagenet needs --width 1"),
-        (
-            len(args.teacher or ()) > 1 and "none" in args.teacher,
-            "--teacher: give none or files, not both",
-        ),
-        (len(set(args.budget or ())) < len(args.budget or ()), "--budget: the same number twice"),
+        (len(teachers) > 1 and "none" in teachers, "--teacher: give none or files, not both"),
+        (len(set(budgets)) < len(budgets), "--budget: the same number twice"),
     ):
         if wrong:
             raise UsageError(message)
@@ -528,14 +521,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with runtime.process_group(args.device):
             start(args)
-    except (
-        UsageError,
-        models.DeviceError,
-        data.DataError,
-        checkpoint.CheckpointError,
-        prune.BudgetError,
-        runtime.ParallelError,
-    ) as error:
+    except runtime.UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except ArithmeticError as error:

@@ -442,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
         name += f", {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
         machine = {"device": name, "threads": torch.get_num_threads()}
         figures = MEASURES[args.only](args, device)
-    except (OSError, models.DeviceError, data.DataError, checkpoint.CheckpointError) as error:
+    except (OSError, runtime.UserError) as error:
         print(f"bench/speed.py: {error}", file=sys.stderr)
         return 2
     print(json.dumps({**machine, "commit": record.commit(), args.only: figures}), flush=True)

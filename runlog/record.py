@@ -33,8 +33,8 @@ RESULTS = RUNS / "results.csv"  # of this machine
 RECORDED = HERE / "bench" / "results.csv"  # of the project
 
 
-class UsageError(Exception):
-    """Something the user asked for cannot be done; the message is one line."""
+class UsageError(runtime.UserError):
+    """Flags, or the run's folder, that cannot be used."""
 
 
 class Run:
