@@ -46,6 +46,7 @@ class Chain:
     teacher: Training
     student: Training
     pruned: Training  # once for each budget
+    untaught: Training  # the student's, with --teacher none
     batches: Batches
     width: float = 1.0  # of the student, at most
 
@@ -57,6 +58,7 @@ CHAIN = Chain(
     teacher=Training(epochs=16),
     student=Training(epochs=12),
     pruned=Training(epochs=60, augment_period=15),
+    untaught=Training(epochs=60),
     batches=Batches(),
 )
 # The same stages in five minutes: to see that everything works, not how accurate it gets. Half of
@@ -65,6 +67,7 @@ QUICK = Chain(
     teacher=Training(epochs=2),
     student=Training(epochs=5),
     pruned=Training(epochs=16, augment_period=4),
+    untaught=Training(epochs=7),
     batches=Batches(images=5_000, batch_size=64, min_steps=70),
     width=0.5,
 )
@@ -255,8 +258,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--teacher", nargs="+", metavar="FILE",
         help="weights of the teacher instead of training one; the mean of the logits of several is "
-        "distilled. With --teacher none the student is trained with labels only, for the epochs of "
-        "both, and then teaches its pruned version",
+        "distilled. With --teacher none the student is trained longer, with labels only, and then "
+        "teaches its pruned version",
     )  # fmt: skip
     add(
         "--student", type=Path, metavar="FILE",
@@ -420,13 +423,12 @@ def chain_settings(
     chain = QUICK if args.quick else CHAIN
     length = 1.0 if args.quick else args.length or LENGTH.get(device.type, 1.0)
     stages = {name: getattr(chain, name) for name in STAGES}
+    if args.teacher == ["none"]:
+        stages["student"] = chain.untaught
     stages = {n: replace(t, epochs=max(1, round(t.epochs * length))) for n, t in stages.items()}
     whole = args.imagenet or args.student
-    teacher_from = "given" if args.teacher else "trained"
-    if args.teacher == ["none"]:  # the student teaches, and is trained for as long
-        teacher_from = "none"
-        both = stages["teacher"].epochs + stages["student"].epochs
-        stages["student"] = replace(stages["student"], epochs=both)
+    teacher_from = "trained" if not args.teacher else "given"
+    teacher_from = "none" if args.teacher == ["none"] else teacher_from
     return {
         **{name: asdict(training) for name, training in stages.items()},
         "batches": asdict(chain.batches),
