@@ -46,7 +46,8 @@ class Chain:
     teacher: Training
     student: Training
     pruned: Training  # once for each budget
-    untaught: Training  # the student's, with --teacher none
+    untaught: Training  # with --teacher none: the student's, ...
+    self_taught: Training  # ... and that of the pruned network, whose teacher it is
     batches: Batches
     width: float = 1.0  # of the student, at most
 
@@ -59,6 +60,7 @@ CHAIN = Chain(
     student=Training(epochs=12),
     pruned=Training(epochs=60, augment_period=15),
     untaught=Training(epochs=60),
+    self_taught=Training(epochs=40, augment_period=15),
     batches=Batches(),
 )
 # The same stages in five minutes: to see that everything works, not how accurate it gets. Half of
@@ -68,6 +70,7 @@ QUICK = Chain(
     student=Training(epochs=5),
     pruned=Training(epochs=16, augment_period=4),
     untaught=Training(epochs=7),
+    self_taught=Training(epochs=16, augment_period=4),
     batches=Batches(images=5_000, batch_size=64, min_steps=70),
     width=0.5,
 )
@@ -424,7 +427,7 @@ def chain_settings(
     length = 1.0 if args.quick else args.length or LENGTH.get(device.type, 1.0)
     stages = {name: getattr(chain, name) for name in STAGES}
     if args.teacher == ["none"]:
-        stages["student"] = chain.untaught
+        stages |= {"student": chain.untaught, "pruned": chain.self_taught}
     stages = {n: replace(t, epochs=max(1, round(t.epochs * length))) for n, t in stages.items()}
     whole = args.imagenet or args.student
     teacher_from = "trained" if not args.teacher else "given"

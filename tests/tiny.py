@@ -43,6 +43,7 @@ CHAIN = train.Chain(
     student=distill.Training(1, learning_rate=0.05, kd_weight=0.9),
     pruned=distill.Training(2, learning_rate=0.05, kd_weight=0.9),
     untaught=distill.Training(2, learning_rate=0.05),
+    self_taught=distill.Training(2, learning_rate=0.05, kd_weight=0.9),
     batches=distill.Batches(
         images=64, batch_size=16, min_steps=1, crop_scale=(0.85, 1.0), mixup_alpha=0.1, erasing=0.0
     ),
