@@ -277,10 +277,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder with the data set (default: found or downloaded), or with your own images: "
         "DIR/train/<class>/*.png, optional val/ and test/",
     )  # fmt: skip
-    add(
-        "--dataset", choices=data.DATASETS, default="fashion-mnist",
-        help="data set by name (default: fashion-mnist)",
-    )  # fmt: skip
+    add("--dataset", choices=data.DATASETS, default=data.DATASETS[0], help="default: fashion-mnist")
     add("--image-size", type=int, metavar="N", help="pixels a side (default for own images: 28)")
     add(
         "--no-flip", action="store_true",
@@ -290,7 +287,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--full-train", action="store_true", help="train on all images, without validation")
     add = parser.add_argument_group("run").add_argument
     add("--name", help="its folder in runs/ (default: from the flags, such as resnet18-seed0)")
-    add("--device", choices=models.DEVICES, default="auto", help="default: the best there is")
+    add("--device", choices=models.DEVICES, default="auto", help="default: auto, the best there is")
     return parser.parse_args(argv)
 
 
@@ -426,12 +423,12 @@ def chain_settings(
     chain = QUICK if args.quick else CHAIN
     length = 1.0 if args.quick else args.length or LENGTH.get(device.type, 1.0)
     stages = {name: getattr(chain, name) for name in STAGES}
+    teacher_from = "given" if args.teacher else "trained"
     if args.teacher == ["none"]:
+        teacher_from = "none"
         stages |= {"student": chain.untaught, "pruned": chain.self_taught}
     stages = {n: replace(t, epochs=max(1, round(t.epochs * length))) for n, t in stages.items()}
     whole = args.imagenet or args.student
-    teacher_from = "trained" if not args.teacher else "given"
-    teacher_from = "none" if args.teacher == ["none"] else teacher_from
     return {
         **{name: asdict(training) for name, training in stages.items()},
         "batches": asdict(chain.batches),

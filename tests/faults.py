@@ -84,7 +84,7 @@ def stopped(folder: Path, moments: list[str], expected: list[torch.Tensor]) -> t
     lost = 0
     for moment in moments:
         ended = run(folder, STOP=moment)
-        lost += ended.returncode != 130 or "the same command goes on" not in ended.stderr
+        lost += ended.returncode != 130 or "the same command resumes" not in ended.stderr
     lost += run(folder).returncode != 0 or not same(weights(folder), expected)
     return len(moments), lost
 
