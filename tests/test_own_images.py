@@ -703,7 +703,7 @@ def test_a_folder_with_names_that_are_not_utf8_can_be_trained_on(not_utf8, tiny)
     folder, source = not_utf8, data.find(not_utf8)
     assert source.classes[0] == "caf\\xe9" and data.digest(source)
     args = train.parse([*tiny, "--data", str(folder)])
-    assert train.check(args, source, torch.device("cpu"))
+    assert train.check(args, source, torch.device("cpu"), 8)
 
 
 def test_names_that_are_not_utf8_are_escaped_in_the_csv(not_utf8, tmp_path, shipped_like):
