@@ -91,9 +91,9 @@ def test_bad_input_gets_one_line(tmp_path, capsys, shipped_like):
     assert export.main(["-w", str(tmp_path / "absent.pth")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("export.py: ") and error.count("\n") == 1
-    assert export.main(["-w", "."]) == 2
+    assert export.main(["-w", ".", "--c"]) == 2
     assert "cannot be loaded: Is a directory" in capsys.readouterr().err
-    assert export.main(["-w", str(shipped_like), "-o", str(tmp_path / "no" / "x.onnx")]) == 2
+    assert export.main(["-w", str(shipped_like), "--c", "-o", str(tmp_path / "no" / "x.c")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
