@@ -673,16 +673,11 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
                 f"{path}: not a torchvision {arch}, {name} is {state[name].dtype}"
             )
     for name in sorted(state.keys() - own.keys()):
-        if not NOT_WEIGHTS.match(name) and name.startswith("layer"):
-            raise CheckpointError(
-                f"{path}: not a torchvision {arch}, it also has {name}; only ResNet18 and ResNet50 "
-                "are supported"
-            )
         if not NOT_WEIGHTS.match(name):
-            raise CheckpointError(
-                f"{path}: not a torchvision {arch}, it also has {name}; if that is no part of the "
-                f"network, save it without: {ALONE}"
-            )
+            advice = f"if that is no part of the network, save it without: {ALONE}"
+            if name.startswith("layer"):
+                advice = "only ResNet18 and ResNet50 are supported"
+            raise CheckpointError(f"{path}: not a torchvision {arch}, it also has {name}; {advice}")
         ignored.append(prefix + name)
     model.load_state_dict(
         {name: state[name] * masks[name] if name in masks else state[name] for name in own}

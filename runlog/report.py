@@ -196,8 +196,9 @@ def print_summary(run: Run) -> None:
     whole = student[split]
     quick = run.settings["quick"]
     longer = "the full chain" if quick else "a larger --length"
+    helps = f"a larger --budget or {longer}"
     if whole < 2 * chance and chance < 0.3:
-        cost = f"the unpruned student's accuracy is near chance ({chance:.0%})"
+        cost, helps = f"the unpruned student's accuracy is near chance ({chance:.0%})", longer
     elif left < 2 * chance and chance < 0.3:
         cost = f"the pruned network has collapsed, its accuracy is near chance ({chance:.0%})"
     elif (lost := whole - left) > WARN_ACCURACY_DROP:
@@ -208,5 +209,4 @@ def print_summary(run: Run) -> None:
         )
     else:
         return
-    helps = longer if cost.startswith("the unpruned") else f"a larger --budget or {longer}"
     print(f"train.py: warning: {cost}; {helps} may help", file=sys.stderr)
