@@ -300,6 +300,21 @@ def export_c(args: argparse.Namespace) -> None:
 # --- command line -------------------------------------------------------------------------------
 
 
+def check_ending(args: argparse.Namespace) -> None:
+    """Refuse an output named as one format while the flags ask for another."""
+    flags = {
+        ".c": "with --c",
+        ".pth": "with --bits, without --c",
+        ".onnx": "without --c and --bits",
+    }
+    ending = ".c" if args.c else ".pth" if args.bits < 32 else ".onnx"
+    named = args.output.suffix.lower() if args.output else ending
+    if named in flags and named != ending:
+        raise ExportError(
+            f"{args.output}: a {named} file is written {flags[named]}; these flags write {ending}"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Export a network as ONNX without its dead channels, as one C file without its "
@@ -327,6 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.add_image_flags(parser)
     args = parser.parse_args(argv)
     try:
+        check_ending(args)
         with torch.inference_mode():
             export_c(args) if args.c else export_bits(args) if args.bits < 32 else export_onnx(args)
     except runtime.UserError as error:

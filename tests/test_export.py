@@ -97,6 +97,17 @@ def test_bad_input_gets_one_line(tmp_path, capsys, shipped_like):
     assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name, flags, writes",
+    [("x.c", [], ".onnx"), ("x.onnx", ["--c"], ".c"), ("x.C", ["--bits", "8"], ".pth")],
+)
+def test_an_output_named_as_another_format_is_refused(name, flags, writes, tmp_path, capsys):
+    assert export.main(["-w", "pruned_resnet18.pth", "-o", str(tmp_path / name), *flags]) == 2
+    error = capsys.readouterr().err
+    assert name in error and error.endswith(f"these flags write {writes}\n")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("bits", [16, 8, 5])
 def test_fewer_bits_are_written_beside_the_weights(bits, shipped_like, tiny_data, tmp_path, capsys):
     weights = tmp_path / "w.pth"
