@@ -25,8 +25,7 @@ import tiny
 import checkpoint
 
 FILES = ("teacher.pth", "student.pth", "pruned_resnet18.pth")
-# How often each moment comes in a run that is not stopped: 24 steps, and files written.
-MOMENTS = {"step": 24, "write": 23, "rename": 28}
+MOMENTS = "step", "write", "rename"
 
 
 def run(folder: Path, *flags: str, timeout: float = 300, **environment: str):
@@ -39,6 +38,15 @@ def run(folder: Path, *flags: str, timeout: float = 300, **environment: str):
         text=True,
         timeout=timeout,
     )
+
+
+def count(folder: Path, kind: str) -> int:
+    """How often a moment comes in a run that is not stopped."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    ended = run(folder, DIE=f"{kind} 1000000")
+    assert ended.returncode == 0, ended.stderr
+    shutil.rmtree(folder / "runs")
+    return int(ended.stderr.split()[-1])
 
 
 def weights(folder: Path) -> list[torch.Tensor]:
@@ -64,11 +72,12 @@ def loadable(folder: Path) -> bool:
 def killed(folder: Path, kills: int, seed: int, expected: list[torch.Tensor]) -> tuple[int, int]:
     """Kill runs until `kills` have been killed; returns kills and runs that ended differently."""
     rng, done, lost = random.Random(seed), 0, 0
+    moments = {kind: count(folder, kind) for kind in MOMENTS}
     while done < kills:
         shutil.rmtree(folder / "runs", ignore_errors=True)
         while done < kills:
-            kind = rng.choice(list(MOMENTS))
-            ended = run(folder, DIE=f"{kind} {rng.randint(1, MOMENTS[kind])}")
+            kind = rng.choice(MOMENTS)
+            ended = run(folder, DIE=f"{kind} {rng.randint(1, moments[kind])}")
             if ended.returncode != -9:
                 break
             done += 1
@@ -91,10 +100,10 @@ def stopped(folder: Path, moments: list[str], expected: list[torch.Tensor]) -> t
 
 def damaged(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
     """The newest state cut short, and with one bit changed."""
-    lost = 0
+    lost, last = 0, count(folder, "step")
     for kind in ("cut", "bit"):
         shutil.rmtree(folder / "runs", ignore_errors=True)
-        run(folder, DIE="step 18")
+        assert run(folder, DIE=f"step {last}").returncode == -9
         state = folder / "runs" / "quick-seed0" / "state.pt"
         content = bytearray(state.read_bytes())
         if kind == "bit":
@@ -108,11 +117,14 @@ def damaged(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
 
 def full_disk(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
     """A tmpfs too small for the second state, then one that is large enough."""
-    runs = folder / "runs"
-    shutil.rmtree(runs, ignore_errors=True)
+    runs, last = folder / "runs", count(folder, "step")
+    run(folder, DIE=f"step {last}")
+    state = (runs / "quick-seed0" / "state.pt").stat().st_size
+    shutil.rmtree(runs)
     runs.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o"]
-    if subprocess.run([*mount, "size=25m", "tmpfs", str(runs)], capture_output=True).returncode:
+    size = f"size={state * 3 // 2}"
+    if subprocess.run([*mount, size, "tmpfs", str(runs)], capture_output=True).returncode:
         return 0, 0  # not allowed here
     try:
         ended = run(folder)
@@ -160,7 +172,7 @@ def main() -> int:
         table = {
             "killed (SIGKILL) at a random moment": killed(folder, args.kills, args.seed, expected),
             "stopped (SIGTERM) in a step": stopped(
-                folder, ["step 2", "step 5", "step 9", "step 1"], expected
+                folder, ["step 2", "step 5", "step 1", "step 6"], expected
             ),
             "newest state damaged": damaged(folder, expected),
             "disk full": full_disk(folder, expected),

@@ -4,9 +4,11 @@
 
 Images and runs are in FOLDER. With DIE="step 7" in the environment it kills itself (SIGKILL) in its
 seventh training step; likewise "write 7", in the middle of writing a file, and "rename 7", just
-before a finished file gets its name. With STOP="step 7" it sends itself a SIGTERM instead.
+before a finished file gets its name. With STOP="step 7" it sends itself a SIGTERM instead. The last
+words on standard error are how often that moment came, if the run lived to its end.
 """
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -143,6 +145,7 @@ def _signal_at(moment: str, number: int) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, name, counted)
+    atexit.register(lambda: print(len(calls), file=sys.stderr))
 
 
 def _counted(fit):
