@@ -197,9 +197,10 @@ def print_summary(run: Run) -> None:
     quick = run.settings["quick"]
     longer = "the full chain" if quick else "a larger --length"
     helps = f"a larger --budget or {longer}"
-    if whole < 2 * chance and chance < 0.3:
+    near = chance + min(chance, (1 - chance) / 5)  # twice chance; of two classes 60%
+    if whole < near:
         cost, helps = f"the unpruned student's accuracy is near chance ({chance:.0%})", longer
-    elif left < 2 * chance and chance < 0.3:
+    elif left < near:
         cost = f"the pruned network has collapsed, its accuracy is near chance ({chance:.0%})"
     elif (lost := whole - left) > WARN_ACCURACY_DROP:
         where = "validation" if split == "val_accuracy" else "test"

@@ -3,14 +3,14 @@ import pytest
 from runlog import record, report
 
 
-def shown(tmp_path, student, pruned, **settings):
+def shown(tmp_path, student, pruned, classes=10, **settings):
     run = record.Run(tmp_path, settings, {}, "train.py", {"threads": 2}, True)
     common = {"file": "a.pth", "kilobytes": 1, "parameters": 9, "minutes": 1.0}
     stages = [
         {"stage": stage, **common, **{f"{k}_{kind}": v for (k, kind), v in shares.items()}}
         for stage, shares in (("teacher", student), ("student", student), ("pruned", pruned))
     ]
-    run.add({"stages": stages, "classes": 10})
+    run.add({"stages": stages, "classes": classes})
     report.print_summary(run)
 
 
@@ -47,6 +47,18 @@ def test_the_report_says_what_pruning_has_cost(student, pruned, quick, warning, 
         assert f"{cost:+.2f}" in pruned_row
         assert "+" not in teacher + student_row and "-" not in teacher + student_row
     assert "bal." not in out
+
+
+@pytest.mark.parametrize(
+    ("classes", "accuracy", "near"),
+    [(2, 0.57, True), (2, 0.65, False), (3, 0.45, True), (3, 0.5, False), (100, 0.05, False)],
+)
+def test_what_is_near_chance_depends_on_the_number_of_classes(
+    classes, accuracy, near, tmp_path, capsys
+):
+    shown(tmp_path, shares(accuracy, None), shares(accuracy, None), classes, quick=True)
+    chance = f"the unpruned student's accuracy is near chance ({1 / classes:.0%}); the full chain"
+    assert (chance in capsys.readouterr().err) == near
 
 
 def test_the_report_shows_balanced_accuracy_where_there_is_one(tmp_path, capsys):
