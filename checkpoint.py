@@ -464,12 +464,9 @@ def fill_missing_meta_(
     """Complete the `meta` of the file at `path` in place: image size (28) and grey or color.
 
     Returns a line for the user on everything that was assumed or ignored, else None. Raises
-    CheckpointError if file and user disagree.
+    CheckpointError if file and user disagree, and DataError for an `image_size` out of range.
     """
-    if image_size is not None and not data.SIZES[0] <= image_size <= data.SIZES[1]:
-        raise CheckpointError(
-            f"--image-size {image_size}: must be from {data.SIZES[0]} to {data.SIZES[1]}"
-        )
+    data.check_image_size(image_size)
     silent = "image_size" not in meta
     for key, said, default in (
         ("image_size", image_size, 28),

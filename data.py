@@ -99,6 +99,12 @@ class Source:
 # --- finding and fetching ---------------------------------------------------------------------
 
 
+def check_image_size(size: int | None) -> None:
+    """Raises DataError if --image-size is out of range."""
+    if size is not None and not SIZES[0] <= size <= SIZES[1]:
+        raise DataError(f"--image-size {size}: must be from {SIZES[0]} to {SIZES[1]}")
+
+
 def find(
     folder: str | Path | None = None, dataset: str = "fashion-mnist", image_size: int | None = None
 ) -> Source:
@@ -107,8 +113,7 @@ def find(
     Fashion-MNIST: in `folder`, else Debian's, else downloaded. Images are resized to `image_size`
     pixels a side (default: their own size; 28 for an image folder). Raises DataError.
     """
-    if image_size is not None and not SIZES[0] <= image_size <= SIZES[1]:
-        raise DataError(f"--image-size {image_size}: must be from {SIZES[0]} to {SIZES[1]}")
+    check_image_size(image_size)
     if folder is not None and (splits := _splits(Path(folder))):
         if dataset != "fashion-mnist":
             raise DataError(

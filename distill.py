@@ -52,8 +52,8 @@ class Training:
     weight_decay: float = 5e-4
     kd_weight: float = 0.5  # of the distillation loss, if there is a teacher; labels have the rest
     temperature: float = 4.0
-    # Augmented batches repeat after so many epochs, so that teacher logits can be cached, and
-    # unaugmented ones so that each comes as many times; 0: they never repeat.
+    # Augmented batches repeat after so many epochs (0: never), so that the teacher's logits can be
+    # cached. Unaugmented batches repeat so that each comes about as often.
     augment_period: int = 0
 
 
@@ -264,7 +264,7 @@ def augmented_epochs(epochs: int) -> int:
     return math.ceil((1 - UNAUGMENTED) * epochs)
 
 
-def augment_epoch(epoch: int, training: Training) -> int:
+def drawn_epoch(epoch: int, training: Training) -> int:
     """The first epoch with the same batches as `epoch`."""
     if not training.augment_period:
         return epoch
@@ -277,7 +277,7 @@ def augment_epoch(epoch: int, training: Training) -> int:
 
 def distinct_epochs(training: Training, done: int = 0) -> int:
     """How many different epochs of batches a training has, after `done` epochs."""
-    return len({augment_epoch(epoch, training) for epoch in range(done, training.epochs)})
+    return len({drawn_epoch(epoch, training) for epoch in range(done, training.epochs)})
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -355,10 +355,13 @@ class TrainState:
         self.average.n_averaged.zero_()
         self.average.update_parameters(self.model)
 
-    def step(self, images: Tensor, targets: Tensor, teacher_logits: Tensor | None, rate: float):
+    def step(
+        self, images: Tensor, targets: Tensor, teacher_logits: Tensor | None, rate: float
+    ) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns loss and logits (N, classes), without a synchronization.
 
-        `teacher_logits` float (N, classes), or None: cross-entropy only.
+        `images` float32 (N, 3, H, W), `targets` float (N, classes). `teacher_logits` float (N,
+        classes), or None: cross-entropy only.
         """
         if images.is_cuda:  # a graph reads it from the device
             rate = torch.full((), rate, device=images.device)
@@ -420,7 +423,8 @@ class TrainState:
 class Stop:
     """Within: Ctrl-C and SIGTERM only set `requested`, so that the step can be finished and saved.
 
-    A second signal stops at once, as does the first with several processes, which cannot agree.
+    Raises KeyboardInterrupt at the end if `requested` came after the last look at it. A second
+    signal stops at once, as does the first with several processes, which cannot agree.
     """
 
     def __init__(self):
@@ -440,9 +444,11 @@ class Stop:
             raise KeyboardInterrupt
         self.requested = True
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type | None, *_: object) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.requested and error is None:
+            raise KeyboardInterrupt
 
 
 class Progress:
@@ -541,7 +547,7 @@ def fit(
     that the next one needs and a row of figures; `saved` is such a state to resume from. Each epoch
     has a generator of its own, seeded by run, stage and epoch, so that it can be repeated. If
     `stop` is requested, the step is finished, `save` called without a row, and KeyboardInterrupt
-    raised. Raises ArithmeticError if the loss is not finite.
+    raised. Raises FloatingPointError if the loss is not finite.
     """
     stop, training, steps = stop or Stop(), stage.training, images.passes * images.steps
     teacher = Teacher(teachers) if teachers else None
@@ -557,7 +563,7 @@ def fit(
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         generator = Generator(context.device)
-        drawn = augment_epoch(epoch, training)
+        drawn = drawn_epoch(epoch, training)
         generator.manual_seed((seed * 100 + stage.number) * 100_000 + drawn)
         return images.epoch(drawn, training.epochs, generator)
 
@@ -592,7 +598,7 @@ def fit(
             stop,
             title=f"{stage.title}, {epoch + 1}/{training.epochs}",
             before=epoch * steps,
-            cache_key=augment_epoch(epoch, training) if training.augment_period else None,
+            cache_key=drawn_epoch(epoch, training) if training.augment_period else None,
         )
         if progress.step < steps:
             progress.seconds = time.perf_counter() - began
@@ -642,10 +648,10 @@ def _better(
 
 
 def _check_finite(losses: Tensor, title: str, epoch: int) -> None:
-    """Raises ArithmeticError with the first step whose loss is not finite."""
+    """Raises FloatingPointError with the first step whose loss is not finite."""
     if len(bad := losses.isfinite().logical_not().nonzero()):
         step = bad[0].item()
-        raise ArithmeticError(
+        raise FloatingPointError(
             f"stage {title}, epoch {epoch + 1}, step {step + 1}: the loss is {losses[step].item()}"
         )
 

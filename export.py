@@ -52,9 +52,8 @@ class ExportModel(nn.Module):
         super().__init__()
         self.grey = grey
         self.model = rewrite.fold_batchnorm(model).cpu().float().requires_grad_(False)
-        if grey:  # the three channels are equal: their weights are summed
-            conv = self.model.conv1
-            rewrite.replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
+        if grey:
+            rewrite.merge_input_channels_(self.model.conv1)
         rewrite.remove_channels_(self.model)
         rewrite.trim_(self.model, image_size)
 

@@ -79,7 +79,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> int | None:
-    """The peak memory of this process: the GPU's, or, without one, the machine's (None if the
+    """Peak memory of this process in MB: on the GPU with CUDA, else in main memory (None if the
     system does not report it)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6)

@@ -77,14 +77,17 @@ def apply_width_(model: nn.Module, width: float) -> None:
             weight.div_(width**0.5)
 
 
-def path_gradients(model: nn.Module, values: dict[str, Tensor], image_size: int, grey: bool):
+def path_gradients(
+    model: nn.Module, values: dict[str, Tensor], image_size: int, grey: bool
+) -> dict[str, Tensor]:
     """For each weight, the gradient of the summed logits; positive if it is on a path from an input
     pixel to a logit, else 0.
 
     The network is run on an image of ones with the non-negative `values` as its weights (by name),
     without BatchNorm and with average pooling for max-pooling. No term can cancel, so the gradient
     is positive exactly if all other weights of some path through the weight are (cf. SynFlow, arXiv
-    2006.05467). Returns float64 tensors by name, on the CPU unless the model is on a CUDA GPU.
+    2006.05467). Returns float64 tensors by name and in the shapes of the weights, on the CPU unless
+    the model is on a CUDA GPU.
     """
     device = next(model.parameters()).device
     if device.type != "cuda":

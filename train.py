@@ -53,8 +53,8 @@ class Chain:
 
 
 # One learning rate cycle has all pruning steps, each small enough that SGD recovers from it within
-# an epoch. Each batch of the pruned network comes three times: its step is so cheap that the
-# teacher's forward pass would take half of the time.
+# an epoch. Each batch of the pruned network comes three times (twice with --teacher none): its step
+# is so cheap that the teacher's forward pass would take half of the time.
 CHAIN = Chain(
     teacher=Training(epochs=16),
     student=Training(epochs=12),
@@ -117,7 +117,7 @@ def prepare(
     device: torch.device,
     flip: bool = True,
 ) -> tuple[distill.TrainingData, Context]:
-    """The images that `data.load_train` loaded, or the part of them that is used, on the device."""
+    """The images that `data.load_train` loaded, or the part that is used, and the run's context."""
     (images_u8, labels), val = loaded
     images_u8, labels = images_u8[: batches.images].to(device), labels[: batches.images].to(device)
     if val is not None:
@@ -219,7 +219,7 @@ def save_weights(
         "stage": stage.name,
         "command": run.command,
         "seed": run.settings["seed"],
-        "commit": record.commit(),
+        "commit": run.commit,
         "val_accuracy": distill.validate(model, images.val, replace(context, bf16=False)),
     }
     if stage.budgets:
@@ -266,8 +266,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add(
         "--student", type=Path, metavar="FILE",
-        help="weights of a ResNet18 to prune, or to fine-tune if it has as few parameters already, "
-        "instead of training one",
+        help="weights of a ResNet18 to prune, or to fine-tune if it has exactly --budget "
+        "parameters, instead of training one",
     )  # fmt: skip
     add("--imagenet", action="store_true", help="start from torchvision's ImageNet weights")
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
@@ -526,7 +526,7 @@ def main(argv: list[str] | None = None) -> int:
     except runtime.UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except ArithmeticError as error:
+    except FloatingPointError as error:
         print(f"train.py: {error}; another --seed starts another run", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -40,7 +40,7 @@ COMMANDS = (
         "train.py --teacher pruned_resnet18-stem1.pth",
         "cpu",
     ),
-    ("default", "train.py", "gpu"),
+    ("default", "train.py --length 4.0", "gpu"),
 )
 
 

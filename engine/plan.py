@@ -226,9 +226,8 @@ def sparse_copy(model: nn.Module, grey: bool) -> nn.Module:
     have no weights, and with sparse weights of the convolutions, for images of one channel or of
     three."""
     network = rewrite.fold_batchnorm(model).cpu().float().requires_grad_(False)
-    if grey:  # three equal channels are one, with the sum of their weights
-        conv = network.conv1
-        rewrite.replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
+    if grey:
+        rewrite.merge_input_channels_(network.conv1)
     rewrite.trim_channels_(network)
     for layer in layers.layers(network):
         weight = SparseWeight.of(layer.conv.weight)

@@ -261,6 +261,11 @@ def inference_copy(
     return model.to(device, dtype, memory_format=torch.channels_last)
 
 
+def merge_input_channels_(conv: nn.Conv2d) -> None:
+    """Three equal input channels become one, with the sum of their weights."""
+    replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
+
+
 def replace_(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
     """Give `conv` other weights, of any shape."""
     conv.weight = nn.Parameter(weight.contiguous(), requires_grad=False)

@@ -142,7 +142,10 @@ def layers(kept: dict[str, int], live: dict[str, int]) -> bytes:
 
 
 def confusion(labels: Tensor, probs: Tensor, classes: Sequence[str]) -> bytes:
-    """How often each class (row) was taken for each other (column), in percent of the class."""
+    """How often each class (row) was taken for each other (column), in percent of the class.
+
+    `labels` int64 (N,) and `probs` float (N, classes), on the CPU.
+    """
     n = len(classes)
     counts = np.zeros((n, n))
     np.add.at(counts, (labels.numpy(), probs.argmax(1).numpy()), 1)
@@ -166,7 +169,7 @@ def confusion(labels: Tensor, probs: Tensor, classes: Sequence[str]) -> bytes:
 
 
 def mistakes(images_u8: Tensor, labels: Tensor, probs: Tensor, classes: Sequence[str]) -> bytes:
-    """The images that the network is most certain and wrong about."""
+    """The images that the network is most certain and wrong about; arguments as of `confusion`."""
     certainty, predicted = probs.max(1)
     wrong = (predicted != labels).nonzero().squeeze(1)
     worst = wrong[certainty[wrong].argsort(descending=True)][:40]

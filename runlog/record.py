@@ -43,7 +43,8 @@ class Run:
     `settings` decide what is trained: a run is only resumed with the same. `given`: the weights
     files of --teacher and --student, wherever they are now; their hashes are in the settings.
     `machine` (threads, ...) affects floating-point results: a run that is resumed on another warns.
-    Raises UsageError if the folder cannot be used.
+    `command` is for records only. `bf16` is recorded when the run is begun; from then on, what the
+    record has counts. Raises UsageError if the folder cannot be used.
     """
 
     def __init__(
@@ -56,8 +57,11 @@ class Run:
         bf16: bool,
     ):
         self.folder, self.given, self.command = folder, given, command
+        self.commit = commit()  # of the code that runs: the checkout may change before the end
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
         self.record = self._open(machine, bf16)
+        if self.finished:
+            self._remove_states()  # if it was killed before
         self._state = self._read_state()
         self.rows: list[dict] = self._state.get("rows", [])
         self.minutes: float = self._state.get("minutes", 0.0)
@@ -116,7 +120,9 @@ class Run:
             except checkpoint.CheckpointError:
                 damaged.append(path)
         for path in damaged:
-            then = f"resuming from {STATE_BEFORE}" if state else "its stage starts anew"
+            then = f"going on from {STATE_BEFORE}"
+            if not state:
+                then = "the stage starts anew, and metrics.csv and the minutes with it"
             _warn(f"{path}: damaged, cannot be loaded; {then}")
             if runtime.rank() == 0:
                 path.unlink()  # it must not become the one before
@@ -168,11 +174,14 @@ class Run:
 
     def add(self, record: dict) -> None:
         """Add the results to the record, which `finish` writes."""
-        self.record |= {**record, "minutes": round(self.minutes, 1), "commit": commit()}
+        self.record |= {**record, "minutes": round(self.minutes, 1), "commit": self.commit}
 
     def finish(self) -> None:
         """Write the record, and remove the states: all that they hold is in the other files."""
         checkpoint.write(self.folder / "run.json", json.dumps(self.record, indent=2))
+        self._remove_states()
+
+    def _remove_states(self) -> None:
         for name in (STATE, STATE_BEFORE):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -223,9 +232,10 @@ def lock(folder: Path) -> Iterator[None]:
 
 def add_results(rows: list[dict]) -> None:
     """Add rows to the table of this machine's results, which git ignores; not those it has."""
-    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
     new = [{key: str(value) for key, value in row.items()} for row in rows]
-    checkpoint.write(RESULTS, to_csv([*old, *(row for row in new if row not in old)]))
+    with runtime.lock(RESULTS.with_name(f".{RESULTS.name}.lock"), wait=True):  # runs end together
+        old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+        checkpoint.write(RESULTS, to_csv([*old, *(row for row in new if row not in old)]))
 
 
 def recorded_accuracy(command: str) -> str:

@@ -33,7 +33,8 @@ def write_report(
     context: distill.Context,
     source: data.Source,
 ) -> None:
-    """Measure the test accuracy of the files that the run wrote; write record, row and plots."""
+    """Measure the test accuracy of the networks given to the run and of those that it wrote; write
+    record, rows and plots."""
     val, test = images.val, data.load(source, "test") if data.has_split(source, "test") else None
     files = [(name, path, 0.0) for name in ("teacher", "student") for path in run.given[name]]
     files += [(stage.title, run.path(stage), run.minutes_of(stage)) for stage in stages]
@@ -163,7 +164,8 @@ def pictures(
 
 
 def print_summary(run: Run) -> None:
-    """Print the table at the end, and a warning if pruning has cost too much accuracy.
+    """Print the table at the end, and a warning if pruning has cost too much accuracy, or if a
+    network is near chance.
 
     The comparison is with the unpruned student on validation, or without validation images on test.
     """

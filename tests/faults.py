@@ -110,7 +110,7 @@ def damaged(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
             content[len(content) // 2] ^= 1
         state.write_bytes(content[: None if kind == "bit" else 100_000])
         ended = run(folder)
-        lost += ended.returncode != 0 or "resuming from state-before.pt" not in ended.stderr
+        lost += ended.returncode != 0 or "going on from state-before.pt" not in ended.stderr
         lost += not same(weights(folder), expected)
     return 2, lost
 

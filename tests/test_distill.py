@@ -240,21 +240,21 @@ def test_the_loop_learns(tiny, tiny_data, tmp_path):
 
 def test_augmented_and_unaugmented_batches_repeat_equally_often():
     stage = distill.Training(12, augment_period=4)
-    drawn = [distill.augment_epoch(epoch, stage) for epoch in range(12)]
+    drawn = [distill.drawn_epoch(epoch, stage) for epoch in range(12)]
     assert drawn == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 9, 9]
     assert (distill.distinct_epochs(stage), distill.distinct_epochs(stage, 8)) == (5, 2)
     drawn = [
-        distill.augment_epoch(epoch, distill.Training(60, augment_period=15)) for epoch in range(60)
+        distill.drawn_epoch(epoch, distill.Training(60, augment_period=15)) for epoch in range(60)
     ]
     assert drawn == 3 * list(range(15)) + 3 * list(range(45, 50))
     for epochs in range(1, 80):  # the last ones, and no other, are unaugmented
         stage = distill.Training(epochs, augment_period=15)
         for epoch in range(epochs):
-            drawn = distill.augment_epoch(epoch, stage)
+            drawn = distill.drawn_epoch(epoch, stage)
             assert drawn <= epoch
             augmented = distill.augmented_epochs(epochs)
             assert (drawn < augmented) == (epoch < augmented)
-    assert [distill.augment_epoch(epoch, distill.Training(12)) for epoch in range(12)] == list(
+    assert [distill.drawn_epoch(epoch, distill.Training(12)) for epoch in range(12)] == list(
         range(12)
     )
 

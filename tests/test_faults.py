@@ -44,6 +44,16 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monke
     assert faults.same(faults.weights(folder), expected)
 
 
+def test_a_stop_after_the_last_step_is_a_stop(tiny, tmp_path, monkeypatch, capsys):
+    def saved(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "save_weights", saved)
+    monkeypatch.setattr(train, "train", lambda *args: train.save_weights())
+    assert train.main(tiny) == 130
+    assert "the same command resumes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_warned_of(number, tmp_path, monkeypatch, capsys):
     def refuse(*args):
@@ -92,11 +102,11 @@ def test_a_damaged_state_falls_back_to_the_one_before(tiny, tmp_path, monkeypatc
     path.write_bytes(content)
     assert record.Run(tmp_path, {"seed": 0}, {}, "", {"threads": 2}, True).minutes == 1.0
     error = capsys.readouterr().err
-    assert "state.pt: damaged, cannot be loaded; resuming from state-before.pt" in error
+    assert "state.pt: damaged, cannot be loaded; going on from state-before.pt" in error
     path.write_bytes(content)
     before.write_bytes(content)
     run = record.Run(tmp_path, {"seed": 0}, {}, "", {"threads": 2}, True)
-    assert run.minutes == 0 and capsys.readouterr().err.count("its stage starts anew\n") == 2
+    assert run.minutes == 0 and capsys.readouterr().err.count("the stage starts anew") == 2
 
 
 def test_a_second_process_on_a_run_is_refused(tiny, tmp_path, capsys):

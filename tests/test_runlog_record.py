@@ -1,5 +1,6 @@
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +22,35 @@ def test_the_commit_has_a_plus_if_files_differ(tmp_path, monkeypatch):
     assert clean and not clean.endswith("+")
     (tmp_path / "train.py").write_text("changed")
     assert record.commit() == f"{clean}+"
+
+
+def test_the_commit_of_a_run_is_that_of_the_code_that_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "commit", lambda: "begun")
+    run = record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
+    monkeypatch.setattr(record, "commit", lambda: "ended")
+    run.add({"stages": []})
+    run.finish()
+    assert json.loads((tmp_path / "run.json").read_text())["commit"] == "begun"
+
+
+def test_states_that_a_killed_process_left_go_with_the_next(tmp_path):
+    run = record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
+    run.add({"stages": []})
+    run.finish()
+    for name in (record.STATE, record.STATE_BEFORE):
+        (tmp_path / name).write_bytes(b"large")
+    assert record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE).finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
+
+
+def test_runs_that_end_together_lose_no_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results.csv")
+    rows = [{"name": f"run{n}", "seed": n} for n in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda row: record.add_results([row]), rows))
+    assert sorted(record.RESULTS.read_text().splitlines()) == sorted(
+        ["name,seed", *(f"run{n},{n}" for n in range(40))]
+    )
 
 
 def test_a_run_goes_on_with_its_settings_only_and_says_what_changed(tmp_path):
