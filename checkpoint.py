@@ -80,14 +80,6 @@ ALONE = "torch.save(model.state_dict(), 'weights.pth')"
 class CheckpointError(runtime.UserError):
     """A file that cannot be used."""
 
-    def __init__(self, message: str):
-        super().__init__(_printable(message))
-
-
-def _printable(text: str) -> str:
-    """`text` on one line: names of files and tensors can hold anything."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
 
 # --- outputs --------------------------------------------------------------------------------------
 
@@ -243,6 +235,8 @@ def check_output(path: Path, *others: Path) -> None:
 
 def read(path: str | Path) -> object:
     """The object that torch.save wrote to `path`; no code in it is run. Raises CheckpointError."""
+    if Path(path).is_fifo():
+        raise CheckpointError(f"{path}: weights cannot be read from a pipe; give a file")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -431,6 +425,9 @@ def load(
         )
     if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
         raise CheckpointError(f"{path}: has weights that are not finite")
+    variances = (t for name, t in model.state_dict().items() if name.endswith("running_var"))
+    if any(bool((t < 0).any()) for t in variances):
+        raise CheckpointError(f"{path}: a BatchNorm variance (running_var) is negative")
     parameters = prune.count(model)
     if parameters != meta.setdefault("parameters", parameters):
         raise CheckpointError(f"{path}: says {meta['parameters']} parameters, but has {parameters}")
@@ -479,11 +476,12 @@ def fill_missing_meta_(
                 f"{path}: {flag}{value}, but it is for {_images(meta)} images; leave {flag} out"
             )
     notes = []
-    if silent and not (image_size and color and (stem or meta["stem"] != 1)):
-        guess = ", stem 1" if meta["stem"] == 1 else ""
+    if silent:
+        guess = ", stem 1" if meta["stem"] == 1 and not stem else ""
+        said = image_size and color and (stem or meta["stem"] != 1)
         notes.append(
-            f"{path} does not say what images it is for: taken to be {_images(meta)}{guess}; "
-            "--image-size, --color and --stem say otherwise"
+            f"{path} does not say what images it is for: taken to be {_images(meta)}, scaled to "
+            f"[-1, 1]{guess}" + ("" if said else "; --image-size, --color and --stem say otherwise")
         )
     if note := pop_ignored_(meta, path):
         notes.append(note)
@@ -682,7 +680,7 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
     meta = {"arch": arch, "num_classes": len(fc), "stem": stem}
     if ignored:
         more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
-        meta["ignored"] = _printable(", ".join(ignored[:5]) + more)
+        meta["ignored"] = runtime.printable(", ".join(ignored[:5]) + more)
     return model, meta
 
 

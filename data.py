@@ -69,7 +69,8 @@ SPLITS = {  # names of the folders in an image folder, in small or capital lette
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # formats of which PIL reads headers
+# Formats of which PIL reads headers alone, and one whose signed numbers it takes for unsigned.
+NOT_DECODED = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF")
 STILL = ("MPO", "PSD")  # formats whose further frames are previews or layers of the first
 CHUNK = 10_000  # images in memory at a time, for prediction; and how many bytes of them
 MOST_BYTES = 2**28
@@ -480,8 +481,12 @@ def _idx_path(folder: Path, name: str) -> Path:
     return archive if archive.is_file() else folder / name
 
 
-def _unpacked(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[BinaryIO]:
+    """A file or a pipe, unpacked if its content is that of gzip."""
+    with path.open("rb") as file:
+        packed = file.peek(2)[:2] == b"\x1f\x8b"
+        yield gzip.GzipFile(fileobj=file) if packed else file
 
 
 def _idx_header(content: bytes) -> tuple[int, list[int]]:
@@ -624,7 +629,7 @@ def _some(items: Sequence, most: int = 5) -> str:
     """The first of `items`, and how many more there are."""
     items = list(items)
     more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(map(str, items[:most])) + more
+    return ", ".join(runtime.printable(str(item)) for item in items[:most]) + more
 
 
 def _list_classes(source: Source, split: str) -> tuple[list[Path], Tensor]:
@@ -750,7 +755,8 @@ def read_image(image: Image.Image | str | Path, image_size: int, grey: bool) -> 
         with _opened(image) as opened:
             return read_image(opened, image_size, grey)
     _check(image)
-    deep = re.search(";16[BLN]", str(getattr(image, "tile", "")))  # of colors, PIL keeps 8 bits
+    stored = str(getattr(image, "tile", ""))
+    deep, few = re.search(";16[BLN]", stored), re.search("'L;([24])'", stored)
     if isinstance(image, TiffImageFile):  # Pillow 12 and 13 misread mapped files that EXIF turns
         name, image.filename = image.filename, ""
         image.load()
@@ -762,6 +768,8 @@ def read_image(image: Image.Image | str | Path, image_size: int, grey: bool) -> 
         image = _highest_8_bits(image)
     elif deep and 0 < max(most for _, most in image.convert("RGB").getextrema()) < 16:
         raise ValueError(TOO_DARK)
+    if few and isinstance(image.info.get("transparency"), int):  # PIL leaves it in its own bits
+        image.info["transparency"] *= 255 // (2 ** int(few[1]) - 1)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
@@ -789,6 +797,8 @@ def _check(image: Image.Image) -> None:
         raise ValueError("its pixels are not unsigned numbers of 8 or 16 bits")
     if image.mode in SIXTEEN_BITS and tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
         raise ValueError("its pixels are of 16 bits, and 0 is white")
+    if "RGB;16" in str(getattr(image, "tile", "")) and "transparency" in image.info:
+        raise ValueError("its colors are of 16 bits, and one of them is transparent")
 
 
 def _highest_8_bits(image: Image.Image) -> Image.Image:
@@ -801,6 +811,7 @@ def _highest_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
+NPY = b"\x93NUMPY"
 TOO_DARK = "it uses at most 12 of its 16 bits, and would be black; scale its pixels to 16 bits"
 LFS_POINTER = "a pointer of Git LFS, not the file itself; `git lfs pull` fetches it"
 
@@ -821,7 +832,7 @@ def _map_files(files: Sequence[Path], work) -> list:
         try:
             done.append(work(path))
         except Exception as error:  # PIL raises nearly anything for damaged files
-            reason = _reason(error)[:80]
+            reason = _reason(error)[:120]
             if isinstance(error, UnidentifiedImageError):
                 reason = "not an image that Pillow decodes, or damaged"
             if path.is_file() and path.stat().st_size == 0:
@@ -848,7 +859,8 @@ def stream(path: Path, chunk: int) -> Iterator[Tensor]:
     """
     try:
         with _unpacked(path) as file:
-            shape = _npy_shape(file, path) if path.suffix == ".npy" else _idx_shape(file, path)
+            npy = file.peek(len(NPY))[: len(NPY)] == NPY
+            shape = _npy_shape(file, path) if npy else _idx_shape(file, path)
             n, *image = shape
             if n < 1 or not all(0 < side <= 4096 for side in image):
                 raise DataError(
@@ -860,7 +872,7 @@ def stream(path: Path, chunk: int) -> Iterator[Tensor]:
                     f"{path}: {tuple(shape)} looks like one image with its channels last; give "
                     "(N, H, W), (N, H, W, 3) or (N, 3, H, W)"
                 )
-            if path.is_file() and path.suffix != ".gz":  # all of it can be told now
+            if path.is_file() and not isinstance(file, gzip.GzipFile):  # all can be told now
                 size = path.stat().st_size - file.tell()
                 if size != math.prod(shape):
                     raise DataError(

@@ -106,7 +106,7 @@ def export_bits(args: argparse.Namespace) -> None:
     model, meta, images_u8, labels, what = load(args)
     output = args.output or args.weights.with_name(f"{args.weights.stem}-{args.bits}bit.pth")
     checkpoint.check_output(output, args.weights)
-    expected = models.infer(model, images_u8)
+    expected = models.check_finite(models.infer(model, images_u8), args.weights)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "fewer.pth"
         checkpoint.save(written, model, meta, args.bits)
@@ -154,7 +154,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
     if args.data is not None or meta.get("dataset") in data.DATASETS:
         source = data.find_for_weights(args.weights, meta, args.data)
         for note in source.notes:
-            print(f"export.py: {note}", file=sys.stderr)
+            print(f"export.py: {runtime.printable(note)}", file=sys.stderr)
         return model, meta, *data.load(source, "test"), "test images"
     shape = (NOISE, size, size) if grey else (NOISE, 3, size, size)
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ def export_onnx(args: argparse.Namespace) -> None:
     example = images_u8[:1].repeat(2, *[1] * (images_u8.dim() - 1))
     slim = to_onnx(ExportModel(model, meta["image_size"], meta["grey"]).eval(), example)
     logits, speed = run_onnx(slim, images_u8)
-    expected = models.infer(model, images_u8)
+    expected = models.check_finite(models.infer(model, images_u8), args.weights)
     difference = check(logits, expected)
     checkpoint.write(output, slim)
     stock = to_onnx(ReferenceModel(model).eval(), example)
@@ -207,7 +207,13 @@ def check(logits: Tensor, expected: Tensor) -> float:
 
 def compiler() -> list[str] | None:
     """The command of a C compiler: the variable CC, else cc, gcc or clang; None if absent."""
-    for words in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise ExportError(
+            f"CC={os.environ['CC']}: not a command ({error}); mend or unset it"
+        ) from None
+    for words in (named, ["cc"], ["gcc"], ["clang"]):
         if words and shutil.which(words[0]):
             return words
     return None
@@ -216,7 +222,8 @@ def compiler() -> list[str] | None:
 class CLibrary:
     """A C file of `c_source.CSource`, compiled for this machine and loaded.
 
-    Raises ExportError if it cannot be compiled, OSError if the temporary folder cannot be used.
+    Raises ExportError if it cannot be compiled, OSError if it cannot be loaded, or the temporary
+    folder not be used.
     """
 
     def __init__(self, text: str, name: str, classes: int):
@@ -226,7 +233,12 @@ class CLibrary:
             source.write_text(text)
             command = [*compiler(), "-O3", "-shared", "-fPIC", str(source), "-o", str(library)]
             for more in (["-march=native"], []):  # which not every compiler knows
-                done = subprocess.run([*command, *more], capture_output=True, text=True)
+                try:
+                    done = subprocess.run([*command, *more], capture_output=True, text=True)
+                except OSError as error:
+                    raise ExportError(
+                        f"{command[0]}: cannot be run ({error.strerror}); CC names another compiler"
+                    ) from None
                 if done.returncode == 0:
                     break
             else:
@@ -265,7 +277,8 @@ def export_c(args: argparse.Namespace) -> None:
     ending = "" if args.bits == 32 else f"-{args.bits}bit"
     output = args.output or args.weights.with_name(f"{args.weights.stem}{ending}.c")
     checkpoint.check_output(output, args.weights)
-    stock = models.infer(model, images_u8)
+    compiles = compiler() is not None
+    stock = models.check_finite(models.infer(model, images_u8), args.weights)
     name = c_source.identifier(output.stem)
     network, source = c_file(model, meta, name, args.bits, output.name)
     expected = stock if args.bits == 32 else models.infer(network, images_u8)
@@ -275,13 +288,13 @@ def export_c(args: argparse.Namespace) -> None:
         notes.append(f"Accuracy on the {len(labels):,} test images: {accuracy:.2%}.")
     text = source.text(notes)
     checked, library = "not compared with PyTorch, there is no C compiler", None
-    if compiler():
+    if compiles:
         try:
             library = CLibrary(text, name, meta["num_classes"])
-        except OSError as error:  # as on a read-only or noexec file system
+        except OSError as error:  # as on a read-only or noexec file system, or of a cross compiler
             checked = (
-                f"not compared with PyTorch, the temporary folder cannot be used ({error}); "
-                "name another in TMPDIR"
+                f"not compared with PyTorch, the compiled file cannot be loaded ({error}); TMPDIR "
+                "names another temporary folder, CC a compiler for this machine"
             )
     if library:
         logits = library(images_u8)

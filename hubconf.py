@@ -12,6 +12,7 @@ needs this folder where it is unpickled, at the same path.
 import functools as _functools
 import importlib as _importlib
 import sys as _sys
+import threading as _threading
 from pathlib import Path as _Path
 
 import numpy as _np
@@ -20,6 +21,8 @@ from PIL import Image as _Image
 
 dependencies = ["torch", "torchvision", "numpy", "PIL"]
 _FOLDER = _Path(__file__).resolve().parent
+# One for all copies of this file, which torch.hub executes anew for each network.
+_LOCK = vars(_torch.hub).setdefault("_pruned_resnet18_lock", _threading.Lock())
 
 
 def _import_project(*names: str) -> list:
@@ -32,17 +35,18 @@ def _import_project(*names: str) -> list:
     ours |= {path.parent.name for path in _FOLDER.glob("*/__init__.py")}
 
     def take_out() -> dict:
-        named = [name for name in _sys.modules if name.partition(".")[0] in ours]
+        named = [name for name in list(_sys.modules) if name.partition(".")[0] in ours]
         return {name: _sys.modules.pop(name) for name in named}
 
-    callers = take_out()
-    _sys.path.insert(0, str(_FOLDER))
-    try:
-        return [_importlib.import_module(name) for name in names]
-    finally:
-        _sys.path.remove(str(_FOLDER))
-        take_out()
-        _sys.modules.update(callers)
+    with _LOCK:
+        callers = take_out()
+        _sys.path.insert(0, str(_FOLDER))
+        try:
+            return [_importlib.import_module(name) for name in names]
+        finally:
+            _sys.path.remove(str(_FOLDER))
+            take_out()
+            _sys.modules.update(callers)
 
 
 _checkpoint, _data, _models = _import_project("checkpoint", "data", "models")

@@ -53,6 +53,10 @@ class DeviceError(runtime.UserError):
     """The device asked for is not there."""
 
 
+class LogitsError(runtime.UserError):
+    """A network whose outputs are no numbers."""
+
+
 def choose_device(wanted: str) -> torch.device:
     """The device by its name, or for "auto" the best there is. Raises DeviceError if missing."""
     there = {
@@ -169,6 +173,15 @@ def infer(
         return out.float()
 
     return torch.cat([logits(batch) for batch in images_u8.split(batch_size)])
+
+
+def check_finite(logits: Tensor, source: object) -> Tensor:
+    """`logits`. Raises LogitsError if some are infinite or NaN, which have no prediction."""
+    if not logits.isfinite().all():
+        raise LogitsError(
+            f"{source}: gives logits that are not finite, its weights are too large; train it again"
+        )
+    return logits
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

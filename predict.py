@@ -17,7 +17,6 @@ import runtime  # isort: skip  # before torch, which reads what it sets
 
 import argparse
 import csv
-import io
 import itertools
 import json
 import time
@@ -34,6 +33,7 @@ import models
 from engine import plan, rewrite
 
 SHEET = 64  # images that --show shows
+MOST_BATCH = 1_000_000
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -99,8 +99,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="images at a time (default: 250, fewer of more than 64 pixels a side)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.batch_size is not None and not 1 <= args.batch_size <= MOST_BATCH:
+        parser.error(f"--batch-size {args.batch_size}: must be from 1 to {MOST_BATCH:,}")
     return args
 
 
@@ -157,13 +157,16 @@ def gather(paths: list[Path]) -> tuple[list[tuple[Path, list[Path]]], list[str]]
 def file_ids(found: list[tuple[Path, list[Path]]]) -> list[list[str]]:
     """The ids of the image files in `found`: their names, below their folder.
 
-    If two files have the same name, the ids are all paths as they were given.
+    If two files have the same name, the ids are all paths as they were given. Raises DataError if
+    two of these are the same in UTF-8.
     """
-    ids = [[f.relative_to(path) if f != path else Path(f.name) for f in fs] for path, fs in found]
-    files = [file for _, files in found for file in files]
-    if len({name for names in ids for name in names}) < len(set(files)):
-        ids = [files for _, files in found]
-    return [[data.as_utf8(name.as_posix()) for name in names] for names in ids]
+    below = [[f.relative_to(path) if f != path else Path(f.name) for f in fs] for path, fs in found]
+    count = len({file for _, files in found for file in files})
+    for names in below, [files for _, files in found]:
+        ids = [[data.as_utf8(name.as_posix()) for name in part] for part in names]
+        if len({name for part in ids for name in part}) == count:
+            return ids
+    raise data.DataError("two names that are not UTF-8 are the same as text; rename one")
 
 
 def chunks(
@@ -217,6 +220,14 @@ def predict(args: argparse.Namespace) -> None:
         parts, classes, notes = test_images(source), source.classes, list(source.notes)
     notes += [] if args.names else data.order_note(classes)
     classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # of any file
+    if args.probs and (taken := {"id", "pred"} & set(classes)):
+        raise data.DataError(
+            f"--probs: a class is named {taken.pop()}, as the first columns are; leave --probs out"
+        )
+    if not args.images and "dataset" not in meta:
+        notes.append(
+            f"{args.weights} does not name its classes: taken to be those of {source.path}"
+        )
     if args.show and args.show.suffix.lower() not in ("", ".png"):
         reason = "the picture is written as PNG; end its name in .png"
         raise checkpoint.CheckpointError(f"--show {args.show}: {reason}")
@@ -232,7 +243,7 @@ def predict(args: argparse.Namespace) -> None:
     engine, model = choose_engine(args.engine, model, meta, device)
     parts = itertools.chain([next(parts)], parts)  # most bad files are found by now
     for note in [assumed, *notes] if assumed else notes:
-        print(f"predict.py: {note}", file=sys.stderr)
+        print(f"predict.py: {runtime.printable(note)}", file=sys.stderr)
     done, right, seconds = write_predictions(args, model, parts, classes)
     report = {
         "weights": str(args.weights),
@@ -270,6 +281,14 @@ def _import_plots() -> types.ModuleType:
     return plots
 
 
+def to_csv(rows: Iterable[Sequence]) -> bytes:
+    """Rows as CSV in UTF-8. Lines end in a line feed; names with a carriage return are quoted."""
+    lines: list[str] = []
+    ended = types.SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    csv.writer(ended).writerows(rows)  # it quotes the characters that its lines end in
+    return "".join(lines).encode()
+
+
 def write_predictions(
     args: argparse.Namespace, model: nn.Module, parts: Iterable[tuple], classes: Sequence[str]
 ) -> tuple[int, int, float]:
@@ -282,18 +301,15 @@ def write_predictions(
                 images_u8 = 255 - images_u8
             began = time.perf_counter()
             logits = models.infer(model, images_u8, args.batch_size, args.tta).cpu()
-            predictions = logits.argmax(1)
+            predictions = models.check_finite(logits, args.weights).argmax(1)
             seconds += time.perf_counter() - began
             names = [classes[k] for k in predictions]
             columns = [ids, names if args.names else predictions.tolist()]
             if args.probs:
                 columns += logits.softmax(1).numpy().round(5).astype(str).T.tolist()
-            text = io.StringIO()
-            table = csv.writer(text, lineterminator="\n")
             if done == 0:
-                table.writerow(["id", "pred", *(classes if args.probs else [])])
-            table.writerows(zip(*columns, strict=True))
-            file.write(text.getvalue().encode())
+                file.write(to_csv([["id", "pred", *(classes if args.probs else [])]]))
+            file.write(to_csv(zip(*columns, strict=True)))
             if args.show and len(shown) < SHEET:
                 certainty = logits.softmax(1).amax(1)
                 titles = [f"{n}\n{c:.0%}" for n, c in zip(names, certainty, strict=True)]

@@ -52,6 +52,14 @@ class UserError(Exception):
     """What was asked for cannot be done. The message is one line for the user; a script prints it
     and ends with exit code 2."""
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without control codes: names of files and tensors can hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class ParallelError(UserError):
     """The processes cannot work together."""

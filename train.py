@@ -303,7 +303,7 @@ def start(args: argparse.Namespace) -> None:
         raise UsageError(f"--name {name}: a name, not a path")
     notes = [*source.notes, *data.order_note(source.classes)]
     for note in notes if runtime.rank() == 0 else ():
-        print(f"train.py: {note}", file=sys.stderr)
+        print(f"train.py: {runtime.printable(note)}", file=sys.stderr)
     if runtime.rank() > 0:
         runtime.barrier()  # until process 0 has the folder
     folder = record.RUNS / name

@@ -202,7 +202,7 @@ def test_state_dicts_of_other_training_programs(kind, narrow_resnet18, path):
             assert torch.equal(tensor, state[name]), name
     assert meta.get("ignored") == ignored
     note = checkpoint.fill_missing_meta_(meta, path, 28, False, None)
-    assumed = f"{path} does not say what images it is for: taken to be 28x28, grayscale; "
+    assumed = f"{path} does not say what images it is for: taken to be 28x28, grayscale, "
     assert note.startswith(assumed)
     also = f"; {path} also holds {ignored}, which is ignored" if ignored else "say otherwise"
     assert note.endswith(also)
@@ -645,3 +645,10 @@ def test_loading_does_not_import_the_compiler(shipped_like):
 def test_averages_are_known_by_their_names_and_not_by_parts_of_words(name):
     assert checkpoint.AVERAGED.search(name)
     assert not any(map(checkpoint.AVERAGED.search, ("cinema", "emanet", "schema.model")))
+
+
+def test_a_negative_variance_is_refused(narrow_resnet18, path):
+    narrow_resnet18.layer2[0].bn1.running_var.neg_()
+    torch.save(narrow_resnet18.state_dict(), path)
+    with pytest.raises(checkpoint.CheckpointError, match="running_var"):
+        checkpoint.load(path)

@@ -144,7 +144,7 @@ def test_plain_files_and_outputs(tiny, tmp_path, monkeypatch, capsys):
     torch.save(models.build("resnet18", 3, stem=2).state_dict(), weights)
     flags = ["-w", str(weights), "--bits", "8", "-o", str(half)]
     assert export.main([*flags, "--image-size", "32", "--color", "--stem", "2"]) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.endswith("taken to be 32x32, color, scaled to [-1, 1]\n")
     meta = checkpoint.load(half)[1]
     assert (meta["image_size"], meta["grey"], meta["stem"]) == (32, False, 2)
     assert export.main(flags) == 0
@@ -189,6 +189,35 @@ def test_a_temporary_folder_that_does_not_serve_stops_no_c_file(
     printed = capsys.readouterr().out
     assert "not compared" in printed and "failed to map" in printed and "TMPDIR" in printed
     assert (tmp_path / "net.c").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [("gcc '-O2", "CC=gcc '-O2: not a command (No closing quotation)"), ("{}", "cannot be run")],
+)
+def test_a_compiler_that_is_none_is_one_line(
+    named, said, shipped_like, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "cc").write_text("no program")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CC", named.format(tmp_path / "cc"))
+    monkeypatch.setattr(export, "NOISE", 2)
+    assert export.main(["-w", str(shipped_like), "--c", "-o", str(tmp_path / "net.c")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "net.c").exists()
+
+
+@pytest.mark.parametrize("flags", [["--c"], ["--bits", "8"]])
+def test_a_network_whose_logits_are_not_finite_is_not_exported(
+    flags, narrow_resnet18, tmp_path, monkeypatch, capsys
+):
+    for name in ("layer1.0.conv2", "layer2.0.conv2"):
+        narrow_resnet18.get_submodule(name).weight.data *= 1e30
+    torch.save(narrow_resnet18.state_dict(), tmp_path / "large.pth")
+    monkeypatch.setattr(export, "NOISE", 2)
+    assert export.main(["-w", str(tmp_path / "large.pth"), *flags]) == 2
+    assert "gives logits that are not finite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["large.pth"]
 
 
 @pytest.mark.parametrize("kind", ["NaN", "code", "miscounted", "classes", "bomb", "stem"])

@@ -2,6 +2,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,6 +125,15 @@ def test_modules_of_the_same_names_do_not_collide(tmp_path, monkeypatch):
     assert model.transform(Image.new("RGBA", (50, 40))).shape == (1, 3, 28, 28)
     for name in ("data", "data.loader", "models"):
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_several_threads_may_load_networks():
+    names = [path.stem.replace("-", "_") for path in tables.SHIPPED] * 3
+    before = set(sys.modules)
+    with ThreadPoolExecutor(len(names)) as threads:
+        loaded = list(threads.map(hub, names))
+    assert all(len(model.classes) == 10 for model in loaded)
+    assert not {"checkpoint", "data", "models", "runtime"} & (set(sys.modules) - before)
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -368,21 +369,63 @@ def test_16_bits_of_pnm_and_colors(color, tmp_path):
     assert difference.abs().max() <= 1  # PIL rounds
 
 
+def write_png(path, depth, color, row, transparent=b""):
+    """8x8 pixels, all rows the same bytes; `color` and `transparent` as PNG's IHDR and tRNS."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, color, 0, 0, 0))]
+    parts += [(b"tRNS", transparent)] if transparent else []
+    parts += [(b"IDAT", zlib.compress(8 * (b"\0" + row))), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, part in parts:
+        content += struct.pack(">I", len(part)) + kind + part
+        content += struct.pack(">I", zlib.crc32(kind + part))
+    path.write_bytes(content)
+
+
 def test_dark_colors_of_16_bits_are_refused(tmp_path):
     """12 bits in 16, as cameras have: PIL keeps the highest 8."""
     for name, most in (("bright", 65535), ("dark", 4095)):
-        pixels = np.full((8, 8, 3), most, ">u2")
-        rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-        chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),)
-        chunks += ((b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-        content = b"\x89PNG\r\n\x1a\n"
-        for kind, part in chunks:
-            check = struct.pack(">I", zlib.crc32(kind + part))
-            content += struct.pack(">I", len(part)) + kind + part + check
-        (tmp_path / f"{name}.png").write_bytes(content)
+        write_png(tmp_path / f"{name}.png", 16, 2, struct.pack(">24H", *[most] * 24))
     assert (data.read_image(tmp_path / "bright.png", 8, grey=True) == 255).all()
     with pytest.raises(ValueError, match="at most 12 of its 16 bits"):
         data.read_image(tmp_path / "dark.png", 8, grey=True)
+    with pytest.raises(data.DataError, match="scale its pixels to 16 bits"):  # to its end
+        data.read_images([tmp_path / "dark.png"], 8, grey=True)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_is_black_at_any_depth(depth, tmp_path):
+    most = 2**depth - 1
+    values = [0, 0, 0, 0, most, most, most, most]  # the white half is transparent
+    bits = "".join(f"{value:0{depth}b}" for value in values)
+    row = int(bits, 2).to_bytes(depth, "big")
+    for name, transparent in (("clear", struct.pack(">H", most)), ("opaque", b"")):
+        write_png(tmp_path / f"{name}.png", depth, 0, row, transparent)
+    opaque = data.read_image(tmp_path / "opaque.png", 8, grey=True)[0, 0]
+    assert opaque.tolist() == [0, 0, 0, 0, 255, 255, 255, 255]
+    assert not data.read_image(tmp_path / "clear.png", 8, grey=True).any()
+    with Image.open(tmp_path / "clear.png") as image:
+        before = image.info["transparency"]
+        data.read_image(image, 8, grey=True)
+        assert image.info["transparency"] == before  # the caller's image is left alone
+
+
+def test_a_transparent_color_of_16_bits_is_refused(tmp_path):
+    """PIL keeps 8 bits of the pixels, and 16 of what is transparent."""
+    row = struct.pack(">24H", *range(0, 24_000, 1000))
+    write_png(tmp_path / "a.png", 16, 2, row, struct.pack(">3H", 0, 1000, 2000))
+    for read in (lambda p: data.inspect([p]), lambda p: data.read_images([p], 8, grey=False)):
+        with pytest.raises(data.DataError, match="one of them is transparent"):
+            read(tmp_path / "a.png")
+
+
+def test_signed_numbers_of_fits_are_no_images(tmp_path):
+    cards = ["SIMPLE  =                    T", "BITPIX  =                   16"]
+    cards += ["NAXIS   =                    2", "NAXIS1  =                    8"]
+    header = "".join(card.ljust(80) for card in [*cards, "NAXIS2  =                    8", "END"])
+    (tmp_path / "a.fits").write_bytes(header.ljust(2880).encode() + bytes(2880))
+    assert not data.is_image(tmp_path / "a.fits")
+    with pytest.raises(data.DataError, match="FITS is not supported"):
+        data.inspect([tmp_path / "a.fits"])
 
 
 def test_images_are_known_by_content_where_names_do_not_tell(tmp_path):
@@ -410,6 +453,16 @@ def test_idx_and_npy_files_are_streamed(tmp_path, shipped_like, monkeypatch):
         assert predict.main(["-w", str(shipped_like), "-o", str(out), str(tmp_path / name)]) == 0
         results.append(read_rows(out))
     assert results[0] == results[1] == results[2] == results[3]
+    (tmp_path / "D.NPY").write_bytes((tmp_path / "c.npy").read_bytes())  # the content decides
+    (tmp_path / "packed").write_bytes(gzip.compress((tmp_path / "c.npy").read_bytes()))
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("D.NPY", "packed", "pipe"):
+        with ThreadPoolExecutor(1) as thread:
+            if name == "pipe":
+                thread.submit((tmp_path / name).write_bytes, (tmp_path / "c.npy").read_bytes())
+            flags = ["-w", str(shipped_like), "-o", str(out), str(tmp_path / name)]
+            assert predict.main(flags) == 0
+        assert read_rows(out) == results[0]
     assert [int(row["id"]) for row in results[0]] == list(range(40))
     inverted = ["--invert", str(tmp_path / "a-idx3-ubyte")]
     (tmp_path / "e").write_bytes(shrunk.idx_bytes(255 - images))

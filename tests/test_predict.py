@@ -87,7 +87,15 @@ def test_missing_images_and_devices(flags, capsys, tmp_path, monkeypatch):
     assert f"{typo}: there is no such file or folder\n" in fails([*flags, typo], capsys, tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [[], ["-w", "x", "--batch-size", "0"], ["-w", "x", "--gray"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        ["-w", "x", "--batch-size", "0"],
+        ["-w", "x", "--batch-size", "1" + 20 * "0"],
+        ["-w", "x", "--gray"],
+    ],
+)
 def test_wrong_usage_is_argparses(wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         predict.main(wrong)
@@ -165,7 +173,8 @@ def test_plain_files_are_for_the_images_that_the_user_says(stem, tmp_path, capsy
     flags = ["-w", str(weights), "-o", str(out), str(tmp_path / "images.npy"), "--probs"]
     said = ["--image-size", "32", "--color", "--stem", str(stem)]
     assert predict.main([*flags, *said]) == 0
-    assert capsys.readouterr().err == ""
+    silent = f"predict.py: {weights} does not say what images it is for: taken to be "
+    assert capsys.readouterr().err == f"{silent}32x32, color, scaled to [-1, 1]\n"
     rows = list(csv.DictReader(io.StringIO(out.read_text())))
     expected = models.infer(model, torch.from_numpy(images)).softmax(1)
     got = torch.tensor([[float(row[k]) for k in "012"] for row in rows])
@@ -173,9 +182,70 @@ def test_plain_files_are_for_the_images_that_the_user_says(stem, tmp_path, capsy
     assert predict.main(flags) == 0
     guess = "" if stem == 4 else ", stem 1"
     assert capsys.readouterr().err == (
-        f"predict.py: {weights} does not say what images it is for: taken to be 28x28, "
-        f"grayscale{guess}; --image-size, --color and --stem say otherwise\n"
+        f"{silent}28x28, grayscale, scaled to [-1, 1]{guess}; --image-size, --color and --stem say "
+        "otherwise\n"
     )
+
+
+def test_a_file_that_names_no_classes_is_compared_with_named_ones(tmp_path, tiny_data, capsys):
+    torch.save(models.build("resnet18", 10).state_dict(), tmp_path / "plain.pth")
+    flags = ["-w", str(tmp_path / "plain.pth"), "-o", str(tmp_path / "out.csv")]
+    assert predict.main([*flags, "--data", str(tiny_data)]) == 0
+    error = capsys.readouterr().err
+    assert f"does not name its classes: taken to be those of {tiny_data}\n" in error
+
+
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_outputs_that_are_no_numbers_are_no_predictions(engine, narrow_resnet18, tmp_path, capsys):
+    for name in ("layer1.0.conv2", "layer2.0.conv2"):
+        narrow_resnet18.get_submodule(name).weight.data *= 1e30
+    torch.save(narrow_resnet18.state_dict(), tmp_path / "large.pth")
+    np.save(tmp_path / "images.npy", np.full((2, 28, 28), 200, np.uint8))
+    out = tmp_path / "out.csv"
+    flags = ["-w", str(tmp_path / "large.pth"), str(tmp_path / "images.npy"), "-o", str(out)]
+    assert predict.main([*flags, "--engine", engine]) == 2
+    error = capsys.readouterr().err
+    assert "large.pth: gives logits that are not finite" in error and not out.exists()
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\nb", 'a"b', "a,b", "a\r\nb", "ab "])
+def test_any_name_is_one_field_of_the_table(name):
+    rows = [["id", name], [name, "0"]]
+    text = predict.to_csv(rows).decode()
+    assert list(csv.reader(io.StringIO(text, newline=""))) == rows
+    assert predict.to_csv([["a", 1], ["b", 2]]) == b"a,1\nb,2\n"
+
+
+def test_a_class_named_as_a_column_is_refused_with_probs(narrow_resnet18, tmp_path, capsys):
+    meta = {"arch": "resnet18", "num_classes": 10, "classes": ["id", *"abcdefghi"]}
+    checkpoint.save(tmp_path / "a.pth", narrow_resnet18, {**meta, "image_size": 28, "grey": True})
+    np.save(tmp_path / "images.npy", np.zeros((1, 28, 28), np.uint8))
+    flags = ["-w", str(tmp_path / "a.pth"), str(tmp_path / "images.npy")]
+    out = ["-o", str(tmp_path / "out.csv")]
+    assert predict.main([*flags, *out, "--probs"]) == 2
+    assert "a class is named id" in capsys.readouterr().err
+    assert predict.main([*flags, *out]) == 0
+
+
+def test_names_that_are_the_same_as_text_are_refused(tmp_path):
+    files = [tmp_path / os.fsdecode(b"\xe9.png"), tmp_path / "\\xe9.png"]
+    with pytest.raises(data.DataError, match="rename one"):
+        predict.file_ids([(tmp_path, files)])
+    assert predict.file_ids([(tmp_path, files[:1])]) == [["\\xe9.png"]]
+
+
+def test_messages_are_one_line_whatever_the_names(flags, tmp_path, capsys):
+    bad = tmp_path / "bad\n\x1b[31mname.png"
+    bad.write_text("x")
+    assert predict.main([*flags[:2], *flags[4:], "-o", str(tmp_path / "out.csv"), str(bad)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "bad\\n\\x1b[31mname.png" in error
+
+
+def test_weights_cannot_come_from_a_pipe(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert predict.main(["-w", str(tmp_path / "pipe")]) == 2
+    assert "pipe: weights cannot be read from a pipe; give a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
