@@ -182,7 +182,7 @@ def test_plain_files_are_for_the_images_that_the_user_says(stem, tmp_path, capsy
     assert predict.main(flags) == 0
     guess = "" if stem == 4 else ", stem 1"
     assert capsys.readouterr().err == (
-        f"{silent}28x28, grayscale, scaled to [-1, 1]{guess}; --image-size, --color and --stem say "
+        f"{silent}28x28, grayscale{guess}, scaled to [-1, 1]; --image-size, --color and --stem say "
         "otherwise\n"
     )
 
