@@ -480,8 +480,9 @@ def fill_missing_meta_(
         guess = ", stem 1" if meta["stem"] == 1 and not stem else ""
         said = image_size and color and (stem or meta["stem"] != 1)
         notes.append(
-            f"{path} does not say what images it is for: taken to be {_images(meta)}{guess}, scaled "
-            "to [-1, 1]" + ("" if said else "; --image-size, --color and --stem say otherwise")
+            f"{path} does not say what images it is for: taken to be {_images(meta)}{guess}, "
+            "scaled to [-1, 1]"
+            + ("" if said else "; --image-size, --color and --stem say otherwise")
         )
     if note := pop_ignored_(meta, path):
         notes.append(note)
