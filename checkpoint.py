@@ -235,9 +235,9 @@ def check_output(path: Path, *others: Path) -> None:
 
 def read(path: str | Path) -> object:
     """The object that torch.save wrote to `path`; no code in it is run. Raises CheckpointError."""
-    if Path(path).is_fifo():
-        raise CheckpointError(f"{path}: weights cannot be read from a pipe; give a file")
     try:
+        if Path(path).is_fifo():
+            raise OSError(errno.ESPIPE, "a pipe can be read only once; give a file")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):

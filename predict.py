@@ -21,6 +21,7 @@ import itertools
 import json
 import time
 import types
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -164,9 +165,11 @@ def file_ids(found: list[tuple[Path, list[Path]]]) -> list[list[str]]:
     count = len({file for _, files in found for file in files})
     for names in below, [files for _, files in found]:
         ids = [[data.as_utf8(name.as_posix()) for name in part] for part in names]
-        if len({name for part in ids for name in part}) == count:
+        counts = Counter(itertools.chain(*ids))
+        if len(counts) == count:
             return ids
-    raise data.DataError("two names that are not UTF-8 are the same as text; rename one")
+    (name, _), *_ = counts.most_common(1)
+    raise data.DataError(f"{name}: two names, of which one is not UTF-8, read so; rename one")
 
 
 def chunks(
