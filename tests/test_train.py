@@ -99,7 +99,7 @@ def test_the_whole_chain(width, wide, folder, tmp_path, tiny_data, request, caps
         "metrics.csv", "summary.txt", "run.json",
         "curves.png", "confusion.png", "mistakes.png", "layers.png",
     }  # fmt: skip
-    assert "in all about" in printed
+    assert "in all at most" in printed
 
     model, meta = checkpoint.load(folder / "pruned_resnet18.pth")
     assert meta["parameters"] == meta["budget"] == prune.count(model) == 100_000
