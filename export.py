@@ -106,7 +106,7 @@ def export_bits(args: argparse.Namespace) -> None:
     model, meta, images_u8, labels, what = load(args)
     output = args.output or args.weights.with_name(f"{args.weights.stem}-{args.bits}bit.pth")
     checkpoint.check_output(output, args.weights)
-    expected = models.check_finite(models.infer(model, images_u8), args.weights)
+    expected = logits_of(model, images_u8, args.weights)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "fewer.pth"
         checkpoint.save(written, model, meta, args.bits)
@@ -162,6 +162,11 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
     return model, meta, noise, None, "random images"
 
 
+def logits_of(model: nn.Module, images_u8: Tensor, weights: Path) -> Tensor:
+    """What an export is compared with. Raises models.LogitsError if they are not finite."""
+    return models.check_finite(models.infer(model, images_u8), weights)
+
+
 def export_onnx(args: argparse.Namespace) -> None:
     """Check all flags, export, compare with PyTorch, write."""
     tempfile.gettempdir()  # PyTorch's exporter needs one; raises OSError
@@ -176,11 +181,11 @@ def export_onnx(args: argparse.Namespace) -> None:
     model, meta, images_u8, _, what = load(args)
     output = args.output or args.weights.with_suffix(".onnx")
     checkpoint.check_output(output, args.weights)
+    expected = logits_of(model, images_u8, args.weights)
     # Two images: of one, the exporter takes the batch size for a constant.
     example = images_u8[:1].repeat(2, *[1] * (images_u8.dim() - 1))
     slim = to_onnx(ExportModel(model, meta["image_size"], meta["grey"]).eval(), example)
     logits, speed = run_onnx(slim, images_u8)
-    expected = models.check_finite(models.infer(model, images_u8), args.weights)
     difference = check(logits, expected)
     checkpoint.write(output, slim)
     stock = to_onnx(ReferenceModel(model).eval(), example)
@@ -278,7 +283,7 @@ def export_c(args: argparse.Namespace) -> None:
     output = args.output or args.weights.with_name(f"{args.weights.stem}{ending}.c")
     checkpoint.check_output(output, args.weights)
     compiles = compiler() is not None
-    stock = models.check_finite(models.infer(model, images_u8), args.weights)
+    stock = logits_of(model, images_u8, args.weights)
     name = c_source.identifier(output.stem)
     network, source = c_file(model, meta, name, args.bits, output.name)
     expected = stock if args.bits == 32 else models.infer(network, images_u8)

@@ -34,7 +34,7 @@ import models
 from engine import plan, rewrite
 
 SHEET = 64  # images that --show shows
-MOST_BATCH = 1_000_000
+MOST_BATCH = 1_000_000  # images at a time; PyTorch takes no number above 2**63
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -34,8 +34,8 @@ def print_plan(
     )
     seconds, total = step_times(run, stages, build, images, context), 0.0
     # Steps are measured before pruning, and a CPU skips zeros as soon as that is faster.
-    pruned_given, cpu = bool(run.given["student"]), context.device.type == "cpu"
-    most = "at most" if cpu and not pruned_given and stages[-1].budgets else "about"
+    bound = context.device.type == "cpu" and not run.given["student"]
+    most = "at most" if bound and stages[-1].budgets else "about"
     for stage in stages:
         training, done = stage.training, run.epochs_done(stage)
         step, teacher = seconds[stage.name]

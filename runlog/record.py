@@ -120,9 +120,8 @@ class Run:
             except checkpoint.CheckpointError:
                 damaged.append(path)
         for path in damaged:
-            then = f"going on from {STATE_BEFORE}"
-            if not state:
-                then = "the stage starts anew, and metrics.csv and the minutes with it"
+            anew = "the stage starts anew, and metrics.csv and the minutes with it"
+            then = f"going on from {STATE_BEFORE}" if state else anew
             _warn(f"{path}: damaged, cannot be loaded; {then}")
             if runtime.rank() == 0:
                 path.unlink()  # it must not become the one before

@@ -69,14 +69,15 @@ def loadable(folder: Path) -> bool:
     return True
 
 
-def killed(folder: Path, kills: int, seed: int, expected: list[torch.Tensor]) -> tuple[int, int]:
+def killed(
+    folder: Path, kills: int, seed: int, moments: dict[str, int], expected: list[torch.Tensor]
+) -> tuple[int, int]:
     """Kill runs until `kills` have been killed; returns kills and runs that ended differently."""
     rng, done, lost = random.Random(seed), 0, 0
-    moments = {kind: count(folder, kind) for kind in MOMENTS}
     while done < kills:
         shutil.rmtree(folder / "runs", ignore_errors=True)
         while done < kills:
-            kind = rng.choice(MOMENTS)
+            kind = rng.choice(list(moments))
             ended = run(folder, DIE=f"{kind} {rng.randint(1, moments[kind])}")
             if ended.returncode != -9:
                 break
@@ -98,9 +99,9 @@ def stopped(folder: Path, moments: list[str], expected: list[torch.Tensor]) -> t
     return len(moments), lost
 
 
-def damaged(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
-    """The newest state cut short, and with one bit changed."""
-    lost, last = 0, count(folder, "step")
+def damaged(folder: Path, last: int, expected: list[torch.Tensor]) -> tuple[int, int]:
+    """The newest state cut short, and with one bit changed, in the run's `last` step."""
+    lost = 0
     for kind in ("cut", "bit"):
         shutil.rmtree(folder / "runs", ignore_errors=True)
         assert run(folder, DIE=f"step {last}").returncode == -9
@@ -115,9 +116,10 @@ def damaged(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
     return 2, lost
 
 
-def full_disk(folder: Path, expected: list[torch.Tensor]) -> tuple[int, int]:
+def full_disk(folder: Path, last: int, expected: list[torch.Tensor]) -> tuple[int, int]:
     """A tmpfs too small for the second state, then one that is large enough."""
-    runs, last = folder / "runs", count(folder, "step")
+    runs = folder / "runs"
+    shutil.rmtree(runs, ignore_errors=True)
     run(folder, DIE=f"step {last}")
     state = (runs / "quick-seed0" / "state.pt").stat().st_size
     shutil.rmtree(runs)
@@ -169,13 +171,16 @@ def main() -> int:
         tiny.write_images(folder / "data")
         assert run(folder).returncode == 0
         expected = weights(folder)
+        moments = {kind: count(folder, kind) for kind in MOMENTS}
         table = {
-            "killed (SIGKILL) at a random moment": killed(folder, args.kills, args.seed, expected),
+            "killed (SIGKILL) at a random moment": killed(
+                folder, args.kills, args.seed, moments, expected
+            ),
             "stopped (SIGTERM) in a step": stopped(
                 folder, ["step 2", "step 5", "step 1", "step 6"], expected
             ),
-            "newest state damaged": damaged(folder, expected),
-            "disk full": full_disk(folder, expected),
+            "newest state damaged": damaged(folder, moments["step"], expected),
+            "disk full": full_disk(folder, moments["step"], expected),
             "output is a mount point": mounted(folder),
         }
     print("| fault | tried | lost |\n|---|---|---|")

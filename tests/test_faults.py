@@ -45,13 +45,21 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tiny, tmp_path, monke
 
 
 def test_a_stop_after_the_last_step_is_a_stop(tiny, tmp_path, monkeypatch, capsys):
-    def saved(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+    save_weights = train.save_weights
 
-    monkeypatch.setattr(train, "save_weights", saved)
-    monkeypatch.setattr(train, "train", lambda *args: train.save_weights())
-    assert train.main(tiny) == 130
+    def stopped(run, stage, *args):
+        save_weights(run, stage, *args)
+        if stage.budgets:  # the last network is written, and no step follows
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_weights", stopped)
+        assert train.main(tiny) == 130
     assert "the same command resumes" in capsys.readouterr().err
+    run_folder = tmp_path / "runs" / "quick-seed0"
+    assert (run_folder / "pruned_resnet18.pth").exists()
+    assert not (run_folder / "summary.txt").exists()
+    assert train.main(tiny) == 0 and (run_folder / "summary.txt").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
