@@ -6,12 +6,13 @@ says so. Values of channels are float32 (channels,); the sums of a tile are two 
 the other.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from engine.llvm_source import F32, I64, Code, for_range
+from engine.llvm_source import F32, I64, Code, Run, equal_pieces, for_range
 from engine.plan import FeatureMap, Product
 
 
@@ -206,30 +207,43 @@ class TrainingCode(Code):
         multiply_add = self._multiply_add(self.cell)
         pixels = itertools.product(range(p.target.size), repeat=2)
         held_at = [spread.at(y * step, x * step) for y, x in pixels]
-        places = [(v.read, at) for v, at in zip(p.vectors, held_at, strict=True)]
-        pieces = -(-len(places) // (self.sums + 1))  # one register is the sum, the others are held
-        length = -(-len(places) // pieces)
+        pairs = [v._replace(write=at) for v, at in zip(p.vectors, held_at, strict=True)]
+        runs = equal_pieces(pairs, self.sums + 1)  # one register is the sum, the others are held
+        whole = len(runs) == runs[0].count == 1
 
         def row(o: ir.Value) -> None:
             start, stop = (self._integer(b, starts, b.add(o, I64(i))) for i in (0, 1))
-            at = self._at(b, gradient, b.mul(o, I64(spread.stride)))
-            for begin in range(0, len(places), length):
-                piece = places[begin : begin + length]
-                held = [self._load(b, at, place) for _, place in piece]
+            first_held = self._at(b, gradient, b.mul(o, I64(spread.stride)))
 
-                def weight(k: ir.Value, begin=begin, piece=piece, held=held) -> None:
-                    shifted = self._one_register(b, source, self._integer(b, offsets, k))
-                    kept = b.sub(k, start)
-                    total = self._load(b, partial, kept) if begin else self.zero
-                    for (read, _), factor in zip(piece, held, strict=True):
-                        inputs = [self._load(b, shifted, read), factor, total]
-                        total = b.call(multiply_add, inputs)
-                    if begin + length < len(places):
-                        self._store(b, total, partial, kept)
-                    else:
+            def piece(run: Run, i: ir.Value) -> None:
+                inputs = self._at(b, source, b.mul(i, I64(run.read)))
+                at = self._at(b, first_held, b.mul(i, I64(run.write)))
+                held = [self._load(b, at, pair.write) for pair in run.vectors]
+                first = b.icmp_signed("==", i, I64(0)) if run is runs[0] else ir.IntType(1)(0)
+
+                def weight(k: ir.Value) -> None:
+                    shifted = self._one_register(b, inputs, self._integer(b, offsets, k))
+                    kept, total = b.sub(k, start), self.zero
+                    if not whole:
+                        total = b.select(first, total, self._load(b, partial, kept))
+                    for pair, factor in zip(run.vectors, held, strict=True):
+                        x = self._load(b, shifted, pair.read)
+                        total = b.call(multiply_add, [x, factor, total])
+                    if whole:
                         self._total(b, total, results, k)
+                    else:
+                        self._store(b, total, partial, kept)
 
                 for_range(b, start, stop, 1, weight)
+
+            for run in runs:
+                for_range(b, I64(0), I64(run.count), 1, functools.partial(piece, run))
+            if not whole:
+
+                def finish(k: ir.Value) -> None:
+                    self._total(b, self._load(b, partial, b.sub(k, start)), results, k)
+
+                for_range(b, start, stop, 1, finish)
 
         self._channels(b, len(p.bias), row)
 

@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from ctypes import CFUNCTYPE, c_int64, c_void_p
+from typing import NamedTuple
 
 import llvmlite.binding as llvm
 import torch
@@ -63,6 +64,40 @@ def for_range(
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
     """Addresses of contiguous tensors, a table for the code: int64 (tensors,)."""
     return torch.tensor([tensor.data_ptr() for tensor in tensors])
+
+
+class Run(NamedTuple):
+    """Pieces of a product's vectors at equal distances: one loop computes them."""
+
+    vectors: list[Vector]  # of the first piece
+    count: int  # of pieces
+    read: int  # from one piece to the next, in cells of the source ...
+    write: int  # ... and of the target
+
+
+def equal_pieces(vectors: Sequence[Vector], most: int) -> list[Run]:
+    """`vectors` in pieces of at most `most`, all of about the same length.
+
+    Many differ only in their place, as the rows of a feature map do. They share one copy of the
+    code, which is then up to five times as small, and as fast to compile.
+    """
+    vectors = list(vectors)
+    length = -(-len(vectors) // -(-len(vectors) // most))
+    runs: list[Run] = []
+    for start in range(0, len(vectors), length):
+        piece = vectors[start : start + length]
+        if runs:
+            first, count, read, write = runs[-1]
+            if count == 1:
+                read, write = piece[0].read - first[0].read, piece[0].write - first[0].write
+            moved = (
+                v._replace(read=v.read + count * read, write=v.write + count * write) for v in first
+            )
+            if piece == [*moved]:
+                runs[-1] = Run(first, count + 1, read, write)
+                continue
+        runs.append(Run(piece, 1, 0, 0))
+    return runs
 
 
 class Code:
@@ -151,16 +186,25 @@ class Code:
         vector = ir.VectorType(F32, width * images)
         multiply_add = self._multiply_add(vector)
         zero, lowest = (ir.Constant(vector, [value] * vector.count) for value in (0.0, -math.inf))
-        count = -(-len(p.vectors) // (self.sums // p.unroll))
-        size = -(-len(p.vectors) // count)
-        pieces = [p.vectors[i : i + size] for i in range(0, len(p.vectors), size)]
+        runs = equal_pieces(p.vectors, self.sums // p.unroll)
         rows = I64(len(p.bias))
 
-        def row(n: ir.Value, o: ir.Value, pieces: list, first=None, last=None) -> None:
-            """Row n of the weights, for channel o; `first` and `last`: of the parts, or None."""
+        def each_piece(body: Callable) -> None:
+            """Write body(vectors, offset in the source, offset in the target) for each piece."""
+            for vectors, count, *steps in runs:
+
+                def piece(i: ir.Value, vectors=vectors, steps=steps) -> None:
+                    body(vectors, *(b.mul(i, I64(step)) for step in steps))
+
+                for_range(b, I64(0), I64(count), 1, piece)
+
+        def row(n: ir.Value, o: ir.Value, piece: tuple, first=None, last=None) -> None:
+            """Row n of the weights, for a piece of channel o; `first` and `last`: of the parts, or
+            None."""
+            vectors, read, write = piece
             start, stop = (self._integer(b, starts, b.add(n, I64(i))) for i in (0, 1))
-            stride = 0 if p.pool else p.target.stride
-            target = self._at(b, targets, b.mul(o, I64(stride)))
+            inputs = self._at(b, source, read)
+            target = self._at(b, channel(o), write)
             bias = self._splat(b, self._float(b, biases, o), vector)
 
             def start_at(v: Vector) -> ir.Value:
@@ -170,51 +214,59 @@ class Code:
                 total = b.fadd(bias, before) if p.add else bias
                 return total if first is None else b.select(first, total, before)
 
-            for piece in pieces:
+            def add_weight(k: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+                new = []
+                for i in range(p.unroll):
+                    at = b.add(k, I64(i))
+                    value = self._splat(b, self._float(b, values, at), vector)
+                    shifted = self._one_register(b, inputs, self._integer(b, offsets, at))
+                    for v in vectors:
+                        x = self._load(b, shifted, v.read, vector)
+                        new.append(b.call(multiply_add, [x, value, sums[len(new)]]))
+                return new
 
-                def add_weight(k: ir.Value, *sums: ir.Value, piece=piece) -> list[ir.Value]:
-                    new = []
-                    for i in range(p.unroll):
-                        at = b.add(k, I64(i))
-                        value = self._splat(b, self._float(b, values, at), vector)
-                        shifted = self._one_register(b, source, self._integer(b, offsets, at))
-                        for v in piece:
-                            x = self._load(b, shifted, v.read, vector)
-                            new.append(b.call(multiply_add, [x, value, sums[len(new)]]))
-                    return new
+            sums = [start_at(v) for v in vectors] + [zero] * (len(vectors) * (p.unroll - 1))
+            sums = for_range(b, start, stop, p.unroll, add_weight, sums)
+            floor = zero if last is None else b.select(last, zero, lowest)
+            for i, v in enumerate(vectors):
+                total = sums[i]
+                for other in sums[i + len(vectors) :: len(vectors)]:
+                    total = b.fadd(total, other)
+                total = self._max(b, floor, total) if p.relu else total
+                if len(v.cells) < width:  # the border stays zero
+                    kept = [cell in v.cells for cell in range(width) for _ in range(images)]
+                    mask = ir.Constant(ir.VectorType(ir.IntType(1), vector.count), kept)
+                    total = b.select(mask, total, self._load(b, target, v.write, vector))
+                self._store(b, total, target, v.write)
 
-                sums = [start_at(v) for v in piece] + [zero] * (len(piece) * (p.unroll - 1))
-                sums = for_range(b, start, stop, p.unroll, add_weight, sums)
-                floor = zero if last is None else b.select(last, zero, lowest)
-                for i, v in enumerate(piece):
-                    total = sums[i]
-                    for other in sums[i + len(piece) :: len(piece)]:
-                        total = b.fadd(total, other)
-                    total = self._max(b, floor, total) if p.relu else total
-                    if len(v.cells) < width:  # the border stays zero
-                        kept = [cell in v.cells for cell in range(width) for _ in range(images)]
-                        mask = ir.Constant(ir.VectorType(ir.IntType(1), vector.count), kept)
-                        total = b.select(mask, total, self._load(b, target, v.write, vector))
-                    self._store(b, total, target, v.write)
-            if p.pool:
-                to = self._at(b, pooled, b.mul(o, I64(p.pooled.stride)))
-                for n, window in enumerate(p.pool.windows(p.target.size)):
-                    best, *others = (self._load(b, target, p.target.at(*at)) for at in window)
-                    for other in others:
-                        best = self._max(b, best, other)
-                    self._store(b, best, to, p.pooled.at(*divmod(n, p.pooled.size)))
+        def channel(o: ir.Value) -> ir.Value:
+            return self._at(b, targets, b.mul(o, I64(0 if p.pool else p.target.stride)))
+
+        def pool(o: ir.Value) -> None:
+            to = self._at(b, pooled, b.mul(o, I64(p.pooled.stride)))
+            for n, window in enumerate(p.pool.windows(p.target.size)):
+                best, *others = (self._load(b, targets, p.target.at(*at)) for at in window)
+                for other in others:
+                    best = self._max(b, best, other)
+                self._store(b, best, to, p.pooled.at(*divmod(n, p.pooled.size)))
 
         def part(n: ir.Value, count: ir.Value, piece: tuple) -> None:
             ends = (b.icmp_signed("==", n, end) for end in (I64(0), b.sub(count, I64(1))))
             begin, (first, last) = b.mul(n, rows), ends
-            for_range(b, I64(0), rows, 1, lambda o: row(b.add(begin, o), o, [piece], first, last))
+            for_range(b, I64(0), rows, 1, lambda o: row(b.add(begin, o), o, piece, first, last))
+
+        def whole(o: ir.Value) -> None:
+            each_piece(lambda *piece: row(o, o, piece))
+            if p.pool:
+                pool(o)
 
         if p.split:
             count = self._integer(b, parts, I64(0))
-            for piece in pieces:
-                for_range(b, I64(0), count, 1, lambda n, piece=piece: part(n, count, piece))
+            each_piece(
+                lambda *piece: for_range(b, I64(0), count, 1, lambda n: part(n, count, piece))
+            )
         else:
-            for_range(b, I64(0), rows, 1, lambda o: row(o, o, pieces))
+            for_range(b, I64(0), rows, 1, whole)
 
     def _clear(self, b: ir.IRBuilder, scratch: ir.Value, maps: Sequence[FeatureMap]) -> None:
         """Zeros in the borders."""

@@ -54,6 +54,23 @@ def test_parts_of_the_input_channels_are_added_up(pruned, monkeypatch):
     torch.testing.assert_close(logits[2], logits[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size, stride, most, expected", [
+    (28, 1, 28, 1), (14, 1, 28, 1), (14, 2, 28, 1), (7, 1, 28, 2), (4, 1, 28, 1), (28, 1, 12, 66),
+])  # fmt: skip
+def test_runs_have_all_vectors_in_order(size, stride, most, expected):
+    source, target = (plan.FeatureMap(0, 1, side, 1) for side in (stride * size, size))
+    vectors = plan._vectors(source, target, stride, positions=1)
+    runs = llvm_source.equal_pieces(vectors, most)
+    assert [
+        v._replace(read=v.read + i * run.read, write=v.write + i * run.write)
+        for run in runs
+        for i in range(run.count)
+        for v in run.vectors
+    ] == list(vectors)
+    assert max(len(run.vectors) for run in runs) <= most
+    assert len(runs) <= expected
+
+
 @pytest.mark.parametrize("budget", [10_970, 1_000_000])
 def test_budgets_down_to_the_protected_weights(budget, resnet18):
     engine = inference.SparseResNet(prune_to(resnet18, budget), 28)
