@@ -177,7 +177,7 @@ class MatmulConv2d(nn.Conv2d):
         if x.device.type != "cpu":
             return super().forward(x)
         if kernel == 1 and padding == 0:
-            x = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
+            x = x.permute(0, 2, 3, 1)[:, ::stride, ::stride]  # in this order its gradient is NHWC
             # As one 2-D product: on 4-D strided input F.linear is a product per row, with copies.
             rows = F.linear(x.reshape(-1, x.shape[-1]), weight.flatten(1), bias)
             return rows.view(*x.shape[:3], -1).permute(0, 3, 1, 2)

@@ -54,6 +54,18 @@ def test_weight_gradients_are_onednns_on_large_feature_maps_only(stem, narrow):
     assert asked and all(large == weights for large, weights in asked)
 
 
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_gradients_keep_the_memory_order_of_feature_maps(kernel, stride):
+    """A gradient in another order than the map that it is added to or masked by costs 5 times as
+    long there."""
+    conv = rewrite.MatmulConv2d(8, 4, kernel, stride, kernel // 2, bias=False)
+    x = torch.randn(2, 8, 14, 14).to(memory_format=torch.channels_last).requires_grad_()
+    y = conv.to(memory_format=torch.channels_last)(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("size", [20, 28, 32, 40, 65])
 def test_trimming_is_exact_for_any_image_size_and_can_be_undone(narrow_resnet18, size):
     resnet18 = narrow_resnet18
