@@ -310,7 +310,8 @@ class TrainState:
         )
         self.masks: prune.Masks | None = None
         self._graphed = CudaGraphed(self._step)
-        self.sparse: SparseForward | None = None  # skips the zeros, if that is faster
+        self.sparse: SparseForward | None = None  # instead of the model, if that is faster
+        self._choose_forward()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=training.learning_rate,
@@ -331,10 +332,13 @@ class TrainState:
             self._factors[name].copy_(mask)
         self.masks = masks
         self.apply_masks()
+        self._choose_forward()
+
+    def _choose_forward(self) -> None:
+        """Skip the weights that are zero from now on, if that is faster."""
         if runtime.world_size() == 1:
-            self.sparse = sparse_forward_if_faster(
-                self.model, self.context.image_size, self.context.bf16
-            )
+            kind = self.context.image_size, self.context.bf16
+            self.sparse = sparse_forward_if_faster(self.model, *kind)
 
     def apply_masks(self) -> None:
         """Make pruned weights 0 and kept ones not exactly 0, in the EMA as well."""

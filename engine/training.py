@@ -24,11 +24,12 @@ from engine import layers, llvm_gradients, llvm_source, plan
 from engine.plan import FeatureMap, SparseWeight
 from engine.threads import Argument, address, default_threads, share_tiles
 
-# The most multiply-adds with which a step is faster than the dense network's: this part of the
-# dense network's, in fp32 and in bf16, and so many for each activation. A dense step of few
-# channels spends most of its time on activations, and takes longer for one than a sparse step.
+# The most multiply-adds with which a step is faster than the dense network's, in fp32 and in bf16:
+# this part of the dense network's, and so many for each activation. A dense step of few channels
+# spends most of its time on activations, and takes longer for one than a sparse step. In fp32 that
+# holds for a narrow network that is not pruned, too.
 MAX_MAC_RATIO = 1 / 4, 1 / 6
-ACTIVATION_MACS = 50
+ACTIVATION_MACS = 75, 50
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -195,21 +196,6 @@ class SparseForward:
         """Of all layers, in the order of the gradients from `backward`."""
         return [p for own in self.layers for p in (own.conv.weight, own.norm.weight, own.norm.bias)]
 
-    @property
-    def multiply_adds(self) -> int:
-        """For one forward pass of one image, without the classifier."""
-        return sum(len(own.numbers[0]) * own.size_out**2 for own in self.layers)
-
-    @property
-    def dense_multiply_adds(self) -> int:
-        """The same if no weight was zero."""
-        return sum(own.conv.weight.numel() * own.size_out**2 for own in self.layers)
-
-    @property
-    def activations(self) -> int:
-        """Outputs of all convolutions, for one image."""
-        return sum(own.channels * own.size_out**2 for own in self.layers)
-
     @functools.cached_property
     def functions(self) -> dict[Hashable, Callable[..., None]]:
         """The machine code, by (number of the layer, name)."""
@@ -345,6 +331,10 @@ def sparse_forward_if_faster(model: nn.Module, image_size: int, bf16: bool) -> S
     """A SparseForward if it is faster than the model: for few weights, on the CPU; else None."""
     if hasattr(model.layer1[0], "conv3") or model.conv1.weight.device.type != "cpu":
         return None  # Bottlenecks are not pruned here
-    forward = SparseForward(model, image_size)
-    most = MAX_MAC_RATIO[bf16] * forward.dense_multiply_adds + ACTIVATION_MACS * forward.activations
-    return forward if forward.multiply_adds < most else None
+    found, sizes = layers.layers(model), layers.map_sizes(model, image_size)
+    convs = [(own.conv.weight, layers.output_size(own.conv, sizes[own.reads])) for own in found]
+    dense = sum(weight.numel() * size**2 for weight, size in convs)
+    needed = sum(int(weight.count_nonzero()) * size**2 for weight, size in convs)
+    activations = sum(len(weight) * size**2 for weight, size in convs)
+    most = MAX_MAC_RATIO[bf16] * dense + ACTIVATION_MACS[bf16] * activations
+    return SparseForward(model, image_size) if needed < most else None

@@ -80,6 +80,29 @@ def test_weights_that_changed_are_used():
     torch.testing.assert_close(after, model(images), rtol=1e-3, atol=1e-4)
 
 
+def test_it_is_used_for_a_narrow_network_that_is_not_pruned():
+    setup = distill.Context(torch.device("cpu"), False, 28, True)
+    networks = []
+    for width in (0.25, 0.09375):
+        torch.manual_seed(0)
+        model = models.build("resnet18", 10, stem=1)
+        prune.apply_width_(model, width)
+        networks.append(distill.TrainState(model, distill.Training(1, 0.01), setup))
+        networks[-1].model.train()
+    assert networks[0].sparse is None  # its PyTorch step is as fast
+    images, targets = torch.randn(32, 3, 28, 28), torch.eye(10)[torch.randint(10, (32,))]
+    state, losses = copy.deepcopy(networks[1].state_dict()), []
+    for sparse in (True, False):
+        network = distill.TrainState(model, distill.Training(1, 0.01), setup)
+        network.load_state_dict(state)
+        network.model.train()
+        assert network.sparse is not None
+        network.sparse = network.sparse if sparse else None
+        losses.append([network.step(images, targets, None, 0.01)[0].item() for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0][-1] < losses[0][0]
+
+
 def test_it_is_used_where_few_weights_are_not_zero():
     model, _, _ = pruned(4, 28, keep=0.8)
     assert training.sparse_forward_if_faster(model, 28, bf16=False) is None
