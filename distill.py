@@ -104,7 +104,7 @@ class Context:
     def inference_copy(self, model: nn.Module) -> nn.Module:
         """An inference-only copy: a SparseResNet if skipping zeros is faster, else
         `rewrite.inference_copy` (dense, BatchNorm folded)."""
-        if plan.sparse_is_faster(model, self.image_size, self.device):
+        if plan.sparse_is_faster(model, self.image_size, self.device, self.bf16):
             return SparseResNet(rewrite.untrimmed(model), self.image_size, self.grey)
         return rewrite.inference_copy(model, self.device, self.bf16, self.image_size)
 

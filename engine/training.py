@@ -24,13 +24,6 @@ from engine import layers, llvm_gradients, llvm_source, plan
 from engine.plan import FeatureMap, SparseWeight
 from engine.threads import Argument, address, default_threads, share_tiles
 
-# The most multiply-adds with which a step is faster than the dense network's, in fp32 and in bf16:
-# this part of the dense network's, and so many for each activation. A dense step of few channels
-# spends most of its time on activations, and takes longer for one than a sparse step. In fp32 that
-# holds for a narrow network that is not pruned, too.
-MAX_MAC_RATIO = 1 / 4, 1 / 6
-ACTIVATION_MACS = 75, 50
-
 
 def _flat(x: Tensor) -> Tensor:
     """All of a dense tensor, in the order of its memory."""
@@ -328,13 +321,8 @@ class SparseForward:
 
 
 def sparse_forward_if_faster(model: nn.Module, image_size: int, bf16: bool) -> SparseForward | None:
-    """A SparseForward if it is faster than the model: for few weights, on the CPU; else None."""
+    """A SparseForward if it is faster than the model, on the CPU; else None."""
     if hasattr(model.layer1[0], "conv3") or model.conv1.weight.device.type != "cpu":
         return None  # Bottlenecks are not pruned here
-    found, sizes = layers.layers(model), layers.map_sizes(model, image_size)
-    convs = [(own.conv.weight, layers.output_size(own.conv, sizes[own.reads])) for own in found]
-    dense = sum(weight.numel() * size**2 for weight, size in convs)
-    needed = sum(int(weight.count_nonzero()) * size**2 for weight, size in convs)
-    activations = sum(len(weight) * size**2 for weight, size in convs)
-    most = MAX_MAC_RATIO[bf16] * dense + ACTIVATION_MACS[bf16] * activations
-    return SparseForward(model, image_size) if needed < most else None
+    few = plan.few_multiply_adds(model, image_size, bf16)
+    return SparseForward(model, image_size) if few else None

@@ -199,10 +199,10 @@ def test_validation_that_skips_the_zeros_is_validation(narrow, monkeypatch):
     labels = models.infer(network.model, images_u8).argmax(1)
     labels[:90] = (labels[:90] + 1) % 10
     assert isinstance(CONTEXT.inference_copy(network.model), distill.SparseResNet)
-    for share in (plan.MAX_DENSITY, 0):
-        monkeypatch.setattr(plan, "MAX_DENSITY", share)
-        share = distill.validate(network.model, (images_u8, labels), CONTEXT)
-        assert share == pytest.approx(0.7, abs=0.01)
+    accuracies = [distill.validate(network.model, (images_u8, labels), CONTEXT)]
+    monkeypatch.setattr(plan, "few_multiply_adds", lambda *_: False)
+    accuracies.append(distill.validate(network.model, (images_u8, labels), CONTEXT))
+    assert accuracies == pytest.approx([0.7, 0.7], abs=0.01)
 
 
 def test_a_cut_refreshes_batchnorm_on_the_images_it_is_given(narrow):
@@ -260,6 +260,7 @@ def test_augmented_and_unaugmented_batches_repeat_equally_often():
 
 
 def test_missing_channels_are_no_zeros_that_pay_to_skip():
+    """But products of few channels are slow in PyTorch, in fp32."""
     torch.manual_seed(0)
     generator = Generator().manual_seed(0)
     dense, sparse, narrow = (models.build("resnet18", 10).eval() for _ in range(3))
@@ -269,10 +270,16 @@ def test_missing_channels_are_no_zeros_that_pay_to_skip():
     assert not plan.sparse_is_faster(narrow, 28, CONTEXT.device)
     frozen = [CONTEXT.inference_copy(model) for model in (dense, sparse, narrow)]
     assert [isinstance(network, distill.SparseResNet) for network in frozen] == [False, True, False]
+    prune.apply_width_(narrow, 1 / 16)
+    frozen[2] = CONTEXT.inference_copy(narrow)
+    assert isinstance(frozen[2], distill.SparseResNet)
+    assert not plan.sparse_is_faster(narrow, 28, CONTEXT.device, bf16=True)
     images = torch.randn(8, 1, 28, 28, generator=generator).expand(-1, 3, -1, -1)
     with torch.no_grad():
         for fast, model in zip(frozen, (dense, sparse, narrow), strict=True):
-            torch.testing.assert_close(fast(images), model(images))
+            expected = model(images)
+            error = (fast(images) - expected).abs().max()
+            assert error < 1e-3 * expected.abs().max()
 
 
 def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, tiny_data):
