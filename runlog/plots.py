@@ -74,9 +74,10 @@ def sizes(results: Path, published: Path) -> bytes:
     """A PNG of test accuracy against parameters, of `results` (results.csv) and of others
     (published.csv).
 
-    A run that kept networks of several sizes is a line. Of the other commands, one is a star for
-    each stem and number of parameters: that with most seeds and, of several, the best validation
-    accuracy. It is drawn at the mean over the seeds; a bar goes from the lowest to the highest.
+    A run that kept networks of several sizes is a line. Of the other commands, one is a star (a
+    square, if it did not prune) for each stem and number of parameters: that with most seeds and,
+    of several, the best validation accuracy. It is drawn at the mean over the seeds; a bar goes
+    from the lowest to the highest.
     """
     rows = pd.read_csv(results)
     rows["accuracy"] = 100 * rows.pruned_test.fillna(rows.student_test)
@@ -92,12 +93,15 @@ def sizes(results: Path, published: Path) -> bytes:
     for (_, stem), part in rows.groupby(["command", "stem"]):
         ours = part.groupby("parameters").accuracy.agg(["mean", "min", "max", "count"])
         line, seeds = len(ours) > 1, int(ours["count"].max())
-        label = f"ours, stem of stride {stem}: {ours['mean'].max():.2f}% at "
+        pruned = part.pruned_test.notna().any()
+        label = f"ours, {'' if pruned else 'unpruned, '}stem of stride {stem}: "
+        label += f"{ours['mean'].max():.2f}% at "
         label += f"{ours['mean'].idxmax():,}, {seeds} seed{'s' * (seeds > 1)}"
         label += ", each pruned from the larger one" * line
         bars = axes.errorbar(
             ours.index, ours["mean"], (ours["mean"] - ours["min"], ours["max"] - ours["mean"]),
-            fmt="o-" if line else "*", markersize=5 if line else 12, color=COLORS[stem],
+            fmt="o-" if line else "*" if pruned else "s",
+            markersize=5 if line else 12 if pruned else 7, color=COLORS[stem],
             capsize=3 * (seeds > 1), label=label,
         )  # fmt: skip
         drawn.append((line, ours["mean"].max(), bars))

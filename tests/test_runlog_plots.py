@@ -104,7 +104,7 @@ def test_sizes_has_a_line_for_several_budgets_and_a_star_for_the_best_command(
     assert labels[:4] == [
         "ours, stem of stride 4: 95.00% at 50,000, 1 seed, each pruned from the larger one",
         "ours, stem of stride 1: 96.00% at 100,000, 1 seed",
-        "ours, stem of stride 2: 94.00% at 11,173,962, 2 seeds",
+        "ours, unpruned, stem of stride 2: 94.00% at 11,173,962, 2 seeds",
         "ours, stem of stride 4: 93.20% at 100,000, 3 seeds",
     ]
     assert len(labels) == 4 + len(plots.KINDS)
