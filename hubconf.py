@@ -19,7 +19,7 @@ import numpy as _np
 import torch as _torch
 from PIL import Image as _Image
 
-dependencies = ["torch", "torchvision", "numpy", "PIL"]
+dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
 _FOLDER = _Path(__file__).resolve().parent
 # One for all copies of this file, which torch.hub executes anew for each network.
 _LOCK = vars(_torch.hub).setdefault("_pruned_resnet18_lock", _threading.Lock())

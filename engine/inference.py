@@ -1,4 +1,4 @@
-"""A pruned network run fast on a CPU: only non-zero weights are multiplied.
+"""Fast inference of sparse networks on a CPU: only non-zero weights are multiplied.
 
     engine = SparseResNet(model, image_size=28)   # of any torchvision ResNet; BatchNorm is folded
     logits = engine(images)                       # as model(images), up to rounding
@@ -9,8 +9,7 @@ non-zero weights, output channel by output channel. The sums of the output chann
 positions, stay in registers while each weight adds its multiple of a shifted input feature map,
 whose offset is read once for all positions. For small batches a register holds several neighboring
 positions of fewer images, so that each thread has a tile. The code (llvm_source.py) is written and
-compiled when an engine of its shape is first called with such a batch, which takes 0.2 to 0.7 s for
-images of 28x28.
+compiled when an engine of its shape is first called with such a batch (docs/speed.md has times).
 """
 
 import functools

@@ -19,10 +19,12 @@ from engine import layers, rewrite
 
 MAX_IMAGE_SIZE = 64  # pixels a side of the images for `inference.py`, whose code has every position
 # The most multiply-adds with which skipping zeros is faster than dense products, in fp32 and in
-# bf16: this part of the dense network's, and so many for each activation. A dense network of few
-# channels spends most of its time on activations, so that in fp32 even one without zeros is slower.
+# bf16: this part of the dense network's, and so many for each activation on feature maps of at
+# least so many pixels. A dense network of few channels spends most of its time on these, so that
+# it can be slower even without zeros.
 MAX_MAC_RATIO = 1 / 4, 1 / 6
 ACTIVATION_MACS = 75, 50
+ACTIVATION_PIXELS = 16
 # A part of the input channels is to stay in the L1 cache, 32 or 48 kB, while all rows add its
 # weights. Each part reads and writes the sums once more, so a row must have some weights in it.
 L1_BYTES = 36_000
@@ -220,7 +222,8 @@ def few_multiply_adds(model: nn.Module, image_size: int, bf16: bool) -> bool:
         positions = layers.output_size(conv, size) ** 2
         needed += int(weight.count_nonzero()) * positions
         bound += MAX_MAC_RATIO[bf16] * weight.numel() * positions
-        bound += ACTIVATION_MACS[bf16] * len(weight) * positions
+        if positions >= ACTIVATION_PIXELS:
+            bound += ACTIVATION_MACS[bf16] * len(weight) * positions
     return needed < bound
 
 

@@ -1,4 +1,4 @@
-"""A pruned network trained fast on a CPU: only non-zero weights are multiplied and get gradients.
+"""Fast training of sparse networks on a CPU: zero weights are not multiplied and get no gradients.
 
     forward = SparseForward(model, image_size=28)   # a torchvision ResNet of basic blocks
     loss(forward(images)).backward()                # gradients of the model's own parameters
@@ -323,6 +323,6 @@ class SparseForward:
 def sparse_forward_if_faster(model: nn.Module, image_size: int, bf16: bool) -> SparseForward | None:
     """A SparseForward if it is faster than the model, on the CPU; else None."""
     if hasattr(model.layer1[0], "conv3") or model.conv1.weight.device.type != "cpu":
-        return None  # Bottlenecks are not pruned here
+        return None  # SparseForward is for basic blocks
     few = plan.few_multiply_adds(model, image_size, bf16)
     return SparseForward(model, image_size) if few else None

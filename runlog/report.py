@@ -98,8 +98,9 @@ def by_class(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[s
 def result_rows(run: Run) -> list[dict]:
     """A row for results.csv for each pruned network; for the student if none was pruned."""
     stages = run.record["stages"]
-    *teachers, student = (stage for stage in stages if not stage["stage"].startswith("pruned"))
-    pruned = stages[len(teachers) + 1 :]
+    teachers = [stage for stage in stages if stage["stage"] == "teacher"]
+    (student,) = (stage for stage in stages if stage["stage"] == "student")
+    pruned = [stage for stage in stages if stage["stage"].startswith("pruned")]
 
     def accuracies(name: str, stages: list[dict]) -> dict[str, str]:
         """The mean over `stages`: of several teachers, the mean of their accuracies."""

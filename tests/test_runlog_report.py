@@ -66,3 +66,16 @@ def test_the_report_shows_balanced_accuracy_where_there_is_one(tmp_path, capsys)
     shown(tmp_path, row, row, quick=False)
     out = capsys.readouterr().out
     assert "val bal." in out and "test bal." in out and "60.00%" in out and "55.00%" in out
+
+
+def test_a_row_of_results_tells_a_given_student_from_its_trained_teacher(tmp_path):
+    settings = {"stem": 4, "seed": 0}
+    run = record.Run(tmp_path, settings, {}, "train.py", {"threads": 2}, True)
+    stages = [
+        {"stage": stage, "parameters": 9, "val_accuracy": share, "test_accuracy": share}
+        for stage, share in (("student", 0.5), ("teacher", 0.75), ("pruned", 0.25))
+    ]
+    run.add({"stages": stages, "minutes": 1.0, "device": "cpu"})
+    (row,) = report.result_rows(run)
+    found = {name: row[f"{name}_test"] for name in ("teacher", "student", "pruned")}
+    assert found == {"teacher": "0.7500", "student": "0.5000", "pruned": "0.2500"}
