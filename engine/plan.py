@@ -21,7 +21,7 @@ MAX_IMAGE_SIZE = 64  # pixels a side of the images for `inference.py`, whose cod
 # The most multiply-adds with which skipping zeros is faster than dense products, in fp32 and in
 # bf16: this part of the dense network's, and so many for each activation on feature maps of at
 # least so many pixels. A dense network of few channels spends most of its time on these, so that
-# it can be slower even without zeros.
+# it can be slower even without zeros (measured in fp32 only).
 MAX_MAC_RATIO = 1 / 4, 1 / 6
 ACTIVATION_MACS = 75, 50
 ACTIVATION_PIXELS = 16
