@@ -29,7 +29,6 @@ from engine.inference import SparseResNet
 from engine.training import SparseForward, sparse_forward_if_faster
 
 WARMUP = 0.1  # fraction of the steps in which the learning rate rises
-UNAUGMENTED = 0.25  # fraction of the epochs, the last ones, on images that are only flipped
 MOMENTUM = 0.9
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
 EMA_HORIZON = 0.03  # fraction of a training's steps over which the EMA of the weights looks back
@@ -52,6 +51,7 @@ class Training:
     weight_decay: float = 5e-4
     kd_weight: float = 0.5  # of the distillation loss, if there is a teacher; labels have the rest
     temperature: float = 4.0
+    unaugmented: float = 0.25  # fraction of the epochs, the last ones, on images only flipped
     # Augmented batches repeat after so many epochs (0: never), so that the teacher's logits can be
     # cached. Unaugmented batches repeat so that each comes about as often.
     augment_period: int = 0
@@ -214,10 +214,10 @@ class TrainingData:
         self.batch_size, self.steps, self.passes = batch_layout(len(labels), settings)
 
     def epoch(
-        self, epoch: int, epochs: int, generator: Generator
+        self, epoch: int, training: Training, generator: Generator
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """The batches of one epoch out of `epochs`, the last of which are unaugmented."""
-        augmented = epoch < augmented_epochs(epochs)
+        """The batches of one epoch of `training`, whose last ones are unaugmented."""
+        augmented = epoch < augmented_epochs(training)
         return chain.from_iterable(self.batches(generator, augmented) for _ in range(self.passes))
 
     def batches(
@@ -259,16 +259,16 @@ def distillation_loss(
     return kd_weight * temperature**2 * divergence + (1 - kd_weight) * labels
 
 
-def augmented_epochs(epochs: int) -> int:
-    """How many of the epochs, the first ones, are augmented."""
-    return math.ceil((1 - UNAUGMENTED) * epochs)
+def augmented_epochs(training: Training) -> int:
+    """How many of its epochs, the first ones, are augmented."""
+    return math.ceil((1 - training.unaugmented) * training.epochs)
 
 
 def drawn_epoch(epoch: int, training: Training) -> int:
     """The first epoch with the same batches as `epoch`."""
     if not training.augment_period:
         return epoch
-    augmented = augmented_epochs(training.epochs)
+    augmented = augmented_epochs(training)
     if epoch < augmented:
         return epoch % training.augment_period
     times = math.ceil(augmented / training.augment_period)
@@ -569,7 +569,7 @@ def fit(
         generator = Generator(context.device)
         drawn = drawn_epoch(epoch, training)
         generator.manual_seed((seed * 100 + stage.number) * 100_000 + drawn)
-        return images.epoch(drawn, training.epochs, generator)
+        return images.epoch(drawn, training, generator)
 
     def state(epoch: int, progress: Progress | None = None) -> dict:
         return {

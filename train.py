@@ -56,10 +56,10 @@ class Chain:
 # an epoch. Each batch of the pruned network comes three times (twice with --teacher none): its step
 # is so cheap that the teacher's forward pass would take half of the time.
 CHAIN = Chain(
-    teacher=Training(epochs=16),
+    teacher=Training(epochs=32, unaugmented=1 / 8),
     student=Training(epochs=12),
     pruned=Training(epochs=60, augment_period=15),
-    untaught=Training(epochs=60),
+    untaught=Training(epochs=60, unaugmented=1 / 8),
     self_taught=Training(epochs=40, augment_period=15),
     batches=Batches(),
 )
@@ -81,7 +81,7 @@ LENGTH = {"cuda": 4.0}  # factor of all epochs, by device; others 1 (not measure
 WIDTH = {4: 1.0, 2: 1.0, 1: 0.25}
 # The teacher's stem stride and width for images of up to so many pixels: resolution is worth more
 # to its accuracy than channels, at equal time (docs/experiments.md).
-TEACHERS = ((32, 1, 0.25), (64, 2, 0.5), (data.SIZES[1], 4, 1.0))
+TEACHERS = ((32, 1, 0.125), (64, 2, 0.5), (data.SIZES[1], 4, 1.0))
 STAGES = ("teacher", "student", "pruned")
 TOLERANCE = 0.01  # validation accuracies that differ by less than this are equal: 5,000 images
 

@@ -53,7 +53,7 @@ def test_the_last_epochs_see_whole_images(monkeypatch):
     known = torch.cat([whole, mirrored])
     for epoch in range(7):
         seen, plain = [], epoch == 6
-        for batch, targets in images.epoch(epoch, 7, generator):
+        for batch, targets in images.epoch(epoch, distill.Training(7), generator):
             distance, nearest = torch.cdist(batch.flatten(1), known, p=1).min(1)
             assert (distance.max() < 1e-2) == plain
             if plain:
@@ -80,7 +80,7 @@ def test_many_images_are_seen_once_an_epoch_in_the_same_batches_as_ever(n, monke
     batches = distill.Batches(batch_size=256 if n > 9_000 else 100, erasing=0.0)
     images = distill.TrainingData(torch.arange(n), torch.zeros(n, dtype=torch.long), 2, batches)
     assert images.passes == 1 and images.batch_size == batches.batch_size
-    list(images.epoch(0, 10, Generator().manual_seed(7)))
+    list(images.epoch(0, distill.Training(10), Generator().manual_seed(7)))
     expected = list(augment.batches(n, batches.batch_size, Generator().manual_seed(7)))
     assert len(seen) == images.steps
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
@@ -103,7 +103,8 @@ def test_each_pass_of_an_epoch_is_shuffled_anew():
     batches = distill.Batches(batch_size=50, min_steps=75)
     images = distill.TrainingData(images_u8, torch.arange(100), 100, batches)
     assert (images.batch_size, images.steps, images.passes) == (50, 2, 38)
-    seen = [t.argmax(1) for _, t in images.epoch(9, 10, Generator().manual_seed(0))]
+    epoch = images.epoch(9, distill.Training(10), Generator().manual_seed(0))
+    seen = [targets.argmax(1) for _, targets in epoch]
     assert len(seen) == 76
     passes = torch.cat(seen).view(38, 100)
     assert torch.equal(passes.sort(1).values, torch.arange(100).expand(38, 100))
@@ -252,7 +253,7 @@ def test_augmented_and_unaugmented_batches_repeat_equally_often():
         for epoch in range(epochs):
             drawn = distill.drawn_epoch(epoch, stage)
             assert drawn <= epoch
-            augmented = distill.augmented_epochs(epochs)
+            augmented = distill.augmented_epochs(stage)
             assert (drawn < augmented) == (epoch < augmented)
     assert [distill.drawn_epoch(epoch, distill.Training(12)) for epoch in range(12)] == list(
         range(12)

@@ -40,13 +40,13 @@ def settings_of(*flags, data_flags=()):
 @pytest.mark.parametrize(
     ("flags", "budgets", "epochs"),
     [
-        ([], [100_000], [16, 12, 60]),
+        ([], [100_000], [32, 12, 60]),
         (["--quick"], [100_000], [2, 5, 16]),
-        (["--length", "0.5"], [100_000], [8, 6, 30]),
+        (["--length", "0.5"], [100_000], [16, 6, 30]),
         (["--length", "0.01"], [100_000], [1, 1, 1]),
         (["--teacher", "none"], [100_000], [60, 40]),
         (["--teacher", "none", "--length", "0.5"], [100_000], [30, 20]),
-        (["--no-prune"], [], [16, 12]),
+        (["--no-prune"], [], [32, 12]),
         (["--budget", "50000", "1000000", "200000"], [1_000_000, 200_000, 50_000], 3 * [60]),
     ],
 )
@@ -60,9 +60,8 @@ def test_the_chain_prunes_to_each_budget_before_the_unaugmented_epochs(flags, bu
     steps = [budget for stage in pruned for budget in stage.budgets]
     assert steps == sorted(steps, reverse=True) and max(steps, default=0) < 4_228_570
     for stage in pruned:
-        epochs = stage.training.epochs
-        assert len(stage.budgets) == max(1, round(epochs / 3))
-        assert len(stage.budgets) <= max(1, (1 - distill.UNAUGMENTED) * epochs)
+        assert len(stage.budgets) == max(1, round(stage.training.epochs / 3))
+        assert len(stage.budgets) <= distill.augmented_epochs(stage.training)
 
 
 def test_a_schedule_does_not_depend_on_random_weights(wide, monkeypatch):
