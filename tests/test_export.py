@@ -43,6 +43,17 @@ def test_constant_channels_stay_and_numbers_of_channels_are_multiples_of_a_block
     assert slim.model.fc.in_features == 480  # of 472
 
 
+def test_the_check_computes_no_channels_that_a_narrow_network_lacks(resnet18, monkeypatch):
+    prune.apply_width_(resnet18.eval(), 1 / 8)
+    whole, computed, batch = models.infer(resnet18, images(9, 28, 28)), [], images(9, 28, 28)
+    infer = models.infer
+    monkeypatch.setattr(models, "infer", lambda model, x: computed.append(model) or infer(model, x))
+    logits = export.logits_of(resnet18, batch, "narrow.pth")
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+    assert [model.fc.in_features for model in computed] == [64]
+    assert resnet18.fc.in_features == 512  # it is written unchanged
+
+
 @pytest.mark.parametrize("stem", models.STEMS)
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
 def test_dense_color_networks(arch, stem, narrow):
