@@ -163,7 +163,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict, Tensor, Tensor | No
 
 
 def logits_of(model: nn.Module, images_u8: Tensor, weights: Path) -> Tensor:
-    """What an export is compared with. Raises models.LogitsError if they are not finite.
+    """Logits, float32 (N, classes), before or after an export. Raises models.LogitsError if they
+    are not finite.
 
     Channels that a narrow network lacks are not computed: of a ResNet50 they would take minutes.
     """
