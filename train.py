@@ -59,7 +59,7 @@ CHAIN = Chain(
     teacher=Training(epochs=32, unaugmented=1 / 8),
     student=Training(epochs=12),
     pruned=Training(epochs=60, augment_period=15),
-    untaught=Training(epochs=60, unaugmented=1 / 8),  # more of them lead to overfitting
+    untaught=Training(epochs=60, unaugmented=1 / 8),  # with 1/4 it overfits
     self_taught=Training(epochs=40, augment_period=15),
     batches=Batches(),
 )
