@@ -51,6 +51,7 @@ class Training:
     weight_decay: float = 5e-4
     kd_weight: float = 0.5  # of the distillation loss, if there is a teacher; labels have the rest
     temperature: float = 4.0
+    pruning: float = 1 / 3  # fraction of the epochs, the first ones, that follow a pruning step
     unaugmented: float = 0.25  # fraction of the epochs, the last ones, on images only flipped
     # Augmented batches repeat after so many epochs (0: never), so that the teacher's logits can be
     # cached. Unaugmented batches repeat so that each comes about as often.

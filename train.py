@@ -58,7 +58,7 @@ class Chain:
 CHAIN = Chain(
     teacher=Training(epochs=32, unaugmented=1 / 8),
     student=Training(epochs=12),
-    pruned=Training(epochs=60, augment_period=15),
+    pruned=Training(epochs=80, pruning=1 / 4, augment_period=20),
     untaught=Training(epochs=60, unaugmented=1 / 8),  # with 1/4 it overfits
     self_taught=Training(epochs=40, augment_period=15),
     batches=Batches(),
@@ -74,7 +74,6 @@ QUICK = Chain(
     batches=Batches(images=5_000, batch_size=64, min_steps=70),
     width=0.5,
 )
-PRUNE_FRACTION = 1 / 3  # of the epochs have a pruning step before them, the first ones
 LENGTH = {"cuda": 4.0}  # factor of all epochs, by device; others 1 (not measured on a GPU yet)
 # Fraction of the student's channels, by the total stride of its stem: at stride 1 a ResNet18 of a
 # quarter of the channels is as accurate as a whole one at stride 2, in half of the time.
@@ -100,7 +99,7 @@ def stages_of(settings: dict, largest: int) -> list[Stage]:
         stages.append(Stage("student", *student, trainings["student"], 1, "student.pth"))
     training, budgets, start = trainings["pruned"], settings["budgets"], largest
     for n, budget in enumerate(budgets):
-        steps = max(1, round(training.epochs * PRUNE_FRACTION))
+        steps = max(1, round(training.epochs * training.pruning))
         steps = 1 if start == budget else steps  # a given network of this size is fine-tuned
         schedule = tuple(prune.geometric_schedule(start, budget, steps))
         file = "pruned_resnet18.pth" if n == len(budgets) - 1 else f"pruned_resnet18-{budget}.pth"

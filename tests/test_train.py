@@ -40,14 +40,14 @@ def settings_of(*flags, data_flags=()):
 @pytest.mark.parametrize(
     ("flags", "budgets", "epochs"),
     [
-        ([], [100_000], [32, 12, 60]),
+        ([], [100_000], [32, 12, 80]),
         (["--quick"], [100_000], [2, 5, 16]),
-        (["--length", "0.5"], [100_000], [16, 6, 30]),
+        (["--length", "0.5"], [100_000], [16, 6, 40]),
         (["--length", "0.01"], [100_000], [1, 1, 1]),
         (["--teacher", "none"], [100_000], [60, 40]),
         (["--teacher", "none", "--length", "0.5"], [100_000], [30, 20]),
         (["--no-prune"], [], [32, 12]),
-        (["--budget", "50000", "1000000", "200000"], [1_000_000, 200_000, 50_000], 3 * [60]),
+        (["--budget", "50000", "1000000", "200000"], [1_000_000, 200_000, 50_000], 3 * [80]),
     ],
 )
 def test_the_chain_prunes_to_each_budget_before_the_unaugmented_epochs(flags, budgets, epochs):
@@ -60,7 +60,7 @@ def test_the_chain_prunes_to_each_budget_before_the_unaugmented_epochs(flags, bu
     steps = [budget for stage in pruned for budget in stage.budgets]
     assert steps == sorted(steps, reverse=True) and max(steps, default=0) < 4_228_570
     for stage in pruned:
-        assert len(stage.budgets) == max(1, round(stage.training.epochs / 3))
+        assert len(stage.budgets) == max(1, round(stage.training.epochs * stage.training.pruning))
         assert len(stage.budgets) <= distill.augmented_epochs(stage.training)
 
 
