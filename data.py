@@ -604,9 +604,13 @@ def as_utf8(name: str) -> str:
 def _folders(place: Path) -> list[Path]:
     """The folders in `place`, sorted, but for hidden ones."""
     try:
-        return sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+        inside = sorted(p for p in place.iterdir() if not p.name.startswith("."))
     except OSError as error:
         raise DataError(f"{place}: cannot be read ({error.strerror})") from None
+    for path in inside:  # of an image, it is told by who reads it
+        if path.is_symlink() and not path.exists() and not has_suffix(path.name):
+            raise DataError(f"{path}: a link that leads nowhere; mend or remove it")
+    return [path for path in inside if path.is_dir()]
 
 
 def _folders_below(folder: Path) -> Iterator[Path]:
@@ -737,23 +741,26 @@ def inspect(files: Sequence[Path], others: Sequence[Path] = ()) -> tuple[list[st
     return [mode for mode, _ in headers], notes
 
 
-def read_images(files: Sequence[Path], image_size: int, grey: bool) -> Tensor:
+def read_images(files: Sequence[Path], image_size: int, grey: bool, background: int = 0) -> Tensor:
     """`read_image` of all `files`: uint8 (N, H, H), or (N, 3, H, H) if not `grey`.
 
     Raises one DataError that names the files that cannot be read.
     """
-    return torch.cat(_map_files(files, lambda path: read_image(path, image_size, grey)))
+    return torch.cat(_map_files(files, lambda path: read_image(path, image_size, grey, background)))
 
 
-def read_image(image: Image.Image | str | Path, image_size: int, grey: bool) -> Tensor:
+def read_image(
+    image: Image.Image | str | Path, image_size: int, grey: bool, background: int = 0
+) -> Tensor:
     """An image as uint8 (1, H, H), or (1, 3, H, H) if not `grey`; the only reader of images.
 
-    It is turned as its EXIF data says, on black where transparent, reduced from 16 bits to the
-    highest 8, stretched to a square. Raises ValueError for other pixels, or what PIL raises.
+    It is turned as its EXIF data says, on `background` (0 is black) where transparent, reduced
+    from 16 bits to the highest 8, stretched to a square. Raises ValueError for other pixels, or
+    what PIL raises.
     """
     if not isinstance(image, Image.Image):
         with _opened(image) as opened:
-            return read_image(opened, image_size, grey)
+            return read_image(opened, image_size, grey, background)
     _check(image)
     stored = str(getattr(image, "tile", ""))
     deep, few = re.search(";16[BLN]", stored), re.search("'L;([24])'", stored)
@@ -765,15 +772,15 @@ def read_image(image: Image.Image | str | Path, image_size: int, grey: bool) -> 
     if image.mode == "I":  # of PGM
         image = Image.fromarray(np.array(image).astype(np.uint16))
     if image.mode in SIXTEEN_BITS:
-        image = _highest_8_bits(image)
+        image = _highest_8_bits(image, background)
     elif deep and 0 < max(most for _, most in image.convert("RGB").getextrema()) < 16:
         raise ValueError(TOO_DARK)
     if few and isinstance(image.info.get("transparency"), int):  # PIL leaves it in its own bits
         image.info["transparency"] *= 255 // (2 ** int(few[1]) - 1)
-    if "A" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image)
+        below = Image.new("RGBA", image.size, (*[background] * 3, 255))
+        image = Image.alpha_composite(below, image)
     pixels = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
     return resize((pixels if grey else pixels.permute(2, 0, 1))[None], image_size, grey)
 
@@ -801,13 +808,13 @@ def _check(image: Image.Image) -> None:
         raise ValueError("its colors are of 16 bits, and one of them is transparent")
 
 
-def _highest_8_bits(image: Image.Image) -> Image.Image:
+def _highest_8_bits(image: Image.Image, background: int) -> Image.Image:
     """An image of 16 bits with 8. Raises ValueError if all of it would be black then."""
     pixels = np.array(image).astype(np.uint16)
-    if "transparency" in image.info:
-        pixels[pixels == image.info["transparency"]] = 0
-    if 0 < pixels.max() < 4096:
+    clear = pixels == image.info.get("transparency", -1)
+    if 0 < pixels[~clear].max(initial=0) < 4096:
         raise ValueError(TOO_DARK)
+    pixels[clear] = background << 8
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 

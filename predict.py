@@ -162,21 +162,24 @@ def file_ids(found: list[tuple[Path, list[Path]]]) -> list[list[str]]:
     two of these are the same in UTF-8.
     """
     below = [[f.relative_to(path) if f != path else Path(f.name) for f in fs] for path, fs in found]
-    count = len({file for _, files in found for file in files})
-    for names in below, [files for _, files in found]:
+    given = [files for _, files in found]
+    everything = list(itertools.chain(*given))
+    for names in below, given:
         ids = [[data.as_utf8(name.as_posix()) for name in part] for part in names]
         counts = Counter(itertools.chain(*ids))
-        if len(counts) == count:
+        pairs = set(zip(itertools.chain(*ids), everything, strict=True))
+        if len(pairs) == len(counts) == len(set(everything)):  # an id for each file, and no other
             return ids
     (name, _), *_ = counts.most_common(1)
     raise data.DataError(f"{name}: two names, of which one is not UTF-8, read so; rename one")
 
 
 def chunks(
-    found: list[tuple[Path, list[Path]]], image_size: int, grey: bool
+    found: list[tuple[Path, list[Path]]], image_size: int, grey: bool, background: int = 0
 ) -> Iterator[tuple[list, Tensor, None]]:
     """(ids, uint8 images, no labels) of the files in `found`, some at a time. Raises DataError.
 
+    `background` is the color of what is transparent, 0 (black) to 255 (white).
     The ids of image files are those of `file_ids`, that of an image in an IDX or .npy file its
     number, counted on over such files.
     """
@@ -184,7 +187,7 @@ def chunks(
     for (path, files), ids in zip(found, file_ids(found), strict=True):
         for start in range(0, len(files), most):
             part = slice(start, start + most)
-            yield ids[part], data.read_images(files[part], image_size, grey), None
+            yield ids[part], data.read_images(files[part], image_size, grey, background), None
         if not files:
             for images in data.stream(path, most):
                 numbers = list(range(counted, counted + len(images)))
@@ -215,7 +218,8 @@ def predict(args: argparse.Namespace) -> None:
         found, notes = gather(args.images)
         notes += [f"--data {args.data} is not used: IMAGES are given"] if args.data else []
         inputs += [file for _, files in found for file in files]
-        parts = chunks(found, meta["image_size"], meta["grey"])
+        background = 255 if args.invert else 0  # black once it is inverted
+        parts = chunks(found, meta["image_size"], meta["grey"], background)
         classes = meta.get("classes") or [str(number) for number in range(meta["num_classes"])]
     else:
         source = data.find_for_weights(args.weights, meta, args.data)

@@ -260,6 +260,8 @@ def test_all_files_that_cannot_be_read_are_named(folder, tmp_path, tiny, capsys)
         ("two above", "did you mean"),
         ("by name", "give --dataset or --data, not both"),
         ("empty class", "no images of this class"),
+        ("lost class", "train/new: a link that leads nowhere"),
+        ("lost split", "own/val: a link that leads nowhere"),
         ("one class", "at least two"),
         ("unknown class", "no such class in"),
         ("size", "--image-size 4"),
@@ -288,6 +290,10 @@ def test_folders_that_cannot_be_trained_on(change, message, folder, tiny, capsys
         more = ["--dataset", "kmnist"]
     if change == "empty class":
         (folder / "train" / "new").mkdir()
+    if change == "lost class":
+        (folder / "train" / "new").symlink_to(folder / "gone")
+    if change == "lost split":
+        (folder / "val").symlink_to(folder / "gone")
     if change == "one class":
         for name in ("left", "middle"):
             for split in ("train", "test"):
@@ -407,6 +413,31 @@ def test_a_transparent_grey_is_black_at_any_depth(depth, tmp_path):
         before = image.info["transparency"]
         data.read_image(image, 8, grey=True)
         assert image.info["transparency"] == before  # the caller's image is left alone
+    white = data.read_image(tmp_path / "clear.png", 8, grey=True, background=255)[0, 0]
+    assert white.tolist() == [0, 0, 0, 0, 255, 255, 255, 255]
+
+
+def test_what_is_transparent_is_black_also_if_all_is_inverted(tmp_path, shipped_like):
+    """A black square on nothing, as of an icon: one on white before it is inverted."""
+    alpha = np.zeros((28, 28), np.uint8)
+    alpha[8:20, 8:20] = 255
+    icon = Image.fromarray(np.dstack([np.zeros((28, 28, 3), np.uint8), alpha]))
+    icon.save(tmp_path / "icon.png")
+    Image.fromarray(alpha).save(tmp_path / "expected.png")
+    results = []
+    for name, more in (("icon.png", ["--invert"]), ("expected.png", [])):
+        out = tmp_path / "out.csv"
+        flags = ["-w", str(shipped_like), "-o", str(out), "--probs", *more]
+        assert predict.main([*flags, str(tmp_path / name)]) == 0
+        results.append([list(row.values())[1:] for row in read_rows(out)])
+    assert results[0] == results[1]
+
+
+def test_a_palette_with_alpha_is_black_where_it_is_transparent():
+    image = Image.new("P", (8, 8))
+    image.putpalette([255, 255, 255, 0, 255, 255, 255, 255], "RGBA")
+    image.putpixel((3, 0), 1)
+    assert data.read_image(image, 8, grey=True)[0, 0].tolist() == [0, 0, 0, 255, 0, 0, 0, 0]
 
 
 def test_a_transparent_color_of_16_bits_is_refused(tmp_path):
@@ -868,3 +899,12 @@ def test_images_of_one_name_in_two_folders_have_ids_of_their_own(folder, tmp_pat
     assert ids == [f"{place}/{i}.png" for place in places for i in range(6)]
     assert predict.main(["-w", str(shipped_like), "-o", str(out), places[0]]) == 0
     assert [row["id"] for row in read_rows(out)] == [f"{i}.png" for i in range(6)]
+
+
+def test_an_id_stands_for_one_file(tmp_path):
+    """A folder, and one inside of it, whose images have the names of the other's."""
+    above, inside = tmp_path / "photos", tmp_path / "photos" / "cats"
+    both, inner = [above / "1.png", inside / "1.png"], [inside / "1.png"]
+    ids = predict.file_ids([(above, both), (inside, inner)])
+    assert ids == [[str(path) for path in part] for part in (both, inner)]
+    assert predict.file_ids([(above, both), (above, both)]) == 2 * [["1.png", "cats/1.png"]]
