@@ -193,7 +193,7 @@ def _overwrite(target: Path, source: BinaryIO) -> None:
 def write(path: Path, content: object) -> None:
     """Write `content` to `path`, as `writing` does: str and bytes as they are, else torch.save."""
     if isinstance(content, str):
-        content = content.encode()
+        content = content.encode(errors="backslashreplace")  # file names may be no UTF-8
     elif not isinstance(content, bytes):
         file = io.BytesIO()
         torch.save(content, file)

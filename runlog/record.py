@@ -60,6 +60,8 @@ class Run:
         self.commit = commit()  # of the code that runs: the checkout may change before the end
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
         self.record = self._open(machine, bf16)
+        for left in folder.glob(f".{STATE}.*") if runtime.rank() == 0 else ():
+            left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         if self.finished:
             self._remove_states()  # if it was killed before
         self._state = self._read_state()
@@ -74,6 +76,11 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = json.loads(record.read_text()) if record.exists() else None
             if known is None:
+                if any(self.folder.glob("*.pth")):
+                    raise UsageError(
+                        f"{self.folder}: has weights files, but no run.json; choose another "
+                        "--name, or remove the folder"
+                    )
                 known = {
                     "name": self.folder.name,
                     "command": self.command,
@@ -160,11 +167,11 @@ class Run:
         self.minutes += (now - self._clock) / 60
         self._clock = now
         state = {"stage": stage.number, **state, "rows": self.rows, "minutes": self.minutes}
+        if self.rows:  # first: once the state is written, its last row is never added again
+            checkpoint.write(self.folder / "metrics.csv", to_csv(self.rows))
         if (self.folder / STATE).exists():
             (self.folder / STATE).replace(self.folder / STATE_BEFORE)
         checkpoint.write(self.folder / STATE, state)
-        if self.rows:
-            checkpoint.write(self.folder / "metrics.csv", to_csv(self.rows))
 
     def minutes_of(self, stage: Stage) -> float:
         """Minutes that the epochs of `stage` took."""

@@ -1,9 +1,12 @@
 import json
+import os
 import subprocess
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import checkpoint
 from runlog import record
 
 SETTINGS = {"seed": 0, "budget": 100_000, "teacher": {"t.pth": "1"}}
@@ -41,6 +44,55 @@ def test_states_that_a_killed_process_left_go_with_the_next(tmp_path):
         (tmp_path / name).write_bytes(b"large")
     assert record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE).finished
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
+
+
+def test_what_a_process_that_was_killed_had_half_written_goes(tmp_path):
+    record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
+    half, other = tmp_path / f".{record.STATE}.123", tmp_path / ".mine.123"
+    for path in (half, other):
+        path.write_bytes(b"large")
+    record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
+    assert not half.exists() and other.exists()
+
+
+def test_weights_without_a_record_are_not_taken_for_results(tmp_path):
+    (tmp_path / "pruned_resnet18.pth").write_bytes(b"of another run")
+    with pytest.raises(record.UsageError, match=r"has weights files, but no run\.json"):
+        record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned_resnet18.pth"]
+
+
+def test_no_row_is_lost_if_the_disk_is_full_at_any_write(tmp_path, monkeypatch):
+    stage = types.SimpleNamespace(number=0)
+    rows = [{"epoch": 1}, {"epoch": 2}]
+    write = checkpoint.write
+    for failing in (record.STATE, "metrics.csv"):
+        folder = tmp_path / failing
+        run = record.Run(folder, SETTINGS, {}, "train.py", *MACHINE)
+        run.save(stage, {"epoch": 1}, rows[0])
+
+        def full(path, content, failing=failing):
+            if path.name == failing:
+                raise checkpoint.CheckpointError("full")
+            write(path, content)
+
+        monkeypatch.setattr(checkpoint, "write", full)
+        with pytest.raises(checkpoint.CheckpointError):
+            run.save(stage, {"epoch": 2}, rows[1])
+        monkeypatch.setattr(checkpoint, "write", write)
+        run = record.Run(folder, SETTINGS, {}, "train.py", *MACHINE)
+        for row in rows[run.saved(stage)["epoch"] :]:  # as training goes on
+            run.save(stage, row, row)
+        assert (folder / "metrics.csv").read_text() == "epoch\n1\n2\n"
+
+
+def test_names_of_files_that_are_no_utf8_are_written_escaped(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results.csv")
+    command = os.fsdecode(b"train.py --teacher caf\xe9")
+    record.add_results([{"name": "a", "command": command}])
+    record.add_results([{"name": "b", "command": "train.py"}])
+    text = record.RESULTS.read_text(encoding="utf-8")
+    assert "caf\\udce9" in text and text.endswith("b,train.py\n")
 
 
 def test_runs_that_end_together_lose_no_rows(tmp_path, monkeypatch):
