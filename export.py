@@ -193,15 +193,15 @@ def export_onnx(args: argparse.Namespace) -> None:
     logits, speed = run_onnx(slim, images_u8)
     difference = check(logits, expected)
     checkpoint.write(output, slim)
-    stock = to_onnx(ReferenceModel(model).eval(), example)
-    _, stock_speed = run_onnx(stock, images_u8)
+    whole = to_onnx(ReferenceModel(model).eval(), example)
+    _, whole_speed = run_onnx(whole, images_u8)
     say(
         output,
         f"{output}: {same(logits, expected)} {what} as in PyTorch, logits within {difference:.0e}\n"
-        f"{'':8}{'kB':>9}{'images/s (onnxruntime)':>25}",
+        f"{'':15}{'kB':>9}{'images/s (onnxruntime)':>25}",
     )
-    for title, file, rate in (("export", slim, speed), ("stock", stock, stock_speed)):
-        say(output, f"{title:8}{len(file) / 1000:>9,.0f}{rate:>25,.0f}")
+    for title, file, rate in (("exported", slim, speed), ("nothing removed", whole, whole_speed)):
+        say(output, f"{title:15}{len(file) / 1000:>9,.0f}{rate:>25,.0f}")
 
 
 def check(logits: Tensor, expected: Tensor) -> float:
@@ -288,10 +288,10 @@ def export_c(args: argparse.Namespace) -> None:
     output = args.output or args.weights.with_name(f"{args.weights.stem}{ending}.c")
     checkpoint.check_output(output, args.weights)
     compiles = compiler() is not None
-    stock = logits_of(model, images_u8, args.weights)
+    original = logits_of(model, images_u8, args.weights)
     name = c_source.identifier(output.stem)
     network, source = c_file(model, meta, name, args.bits, output.name)
-    expected = stock if args.bits == 32 else logits_of(network, images_u8, args.weights)
+    expected = original if args.bits == 32 else logits_of(network, images_u8, args.weights)
     notes = [f"A {meta['arch']} of {meta['parameters']:,} parameters, written by export.py."]
     if labels is not None:
         accuracy = models.accuracy(expected, labels)
@@ -309,7 +309,7 @@ def export_c(args: argparse.Namespace) -> None:
     if library:
         logits = library(images_u8)
         difference = check(logits, expected)
-        checked = f"{same(logits, stock)} {what} as in PyTorch, logits within {difference:.0e}"
+        checked = f"{same(logits, original)} {what} as in PyTorch, logits within {difference:.0e}"
         checked += " of the rounded network's" if args.bits < 32 else ""
         checked += accuracies(labels, logits)
     checkpoint.write(output, text)

@@ -61,8 +61,8 @@ def apply_width_(model: nn.Module, width: float) -> None:
 
     The rest is a network with fewer channels (a multiple of 8; of 2 below an eighth of the width),
     initialized as such (He et al., arXiv 1502.01852). Training leaves the zero channels out of its
-    computation (`rewrite.trim_channels_`), so that a step costs about width^2; their BatchNorm
-    parameters still count.
+    computation (`rewrite.trim_channels_`), so multiply-adds fall with width^2 (the time of a step
+    falls less); their BatchNorm parameters still count.
     """
     if width == 1:
         return

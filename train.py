@@ -268,7 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="weights of a ResNet18 to prune, or to fine-tune if it has exactly --budget "
         "parameters, instead of training one",
     )  # fmt: skip
-    add("--imagenet", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--imagenet", action="store_true", help="start the student from ImageNet weights")
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     add = parser.add_argument_group("images").add_argument
     add(

@@ -366,7 +366,7 @@ def measure_export(args: argparse.Namespace, device: torch.device) -> dict:
         add(f"`.c`, {bits} bits", source.table_bytes, library)
     for name, module in (
         ("`.onnx`", export.ExportModel(model, size, meta.get("grey", True))),
-        ("`.onnx`, unpruned architecture", export.ReferenceModel(model)),
+        ("`.onnx`, nothing removed", export.ReferenceModel(model)),
     ):
         file = export.to_onnx(module.eval(), images_u8[:2])
         add(name, len(file), onnxruntime(file, 1))

@@ -199,7 +199,7 @@ class _Conv2dMatmulWeightGrad(torch.autograd.Function):
 
     oneDNN's own gradient is much slower on small feature maps. Its threads spin while they wait for
     each other, whatever OpenMP's policy: beside one busy process a step of the stock network took
-    30 times as long.
+    26 times as long.
     """
 
     @staticmethod
