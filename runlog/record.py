@@ -240,7 +240,7 @@ def add_results(rows: list[dict]) -> None:
     """Add rows to the table of this machine's results, which git ignores; not those it has."""
     new = [{key: str(value) for key, value in row.items()} for row in rows]
     with runtime.lock(RESULTS.with_name(f".{RESULTS.name}.lock"), wait=True):  # runs end together
-        old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+        old = list(csv.DictReader(RESULTS.open(encoding="utf-8"))) if RESULTS.exists() else []
         checkpoint.write(RESULTS, to_csv([*old, *(row for row in new if row not in old)]))
 
 
