@@ -4,6 +4,7 @@ Teacher, student and pruned network differ by arguments only. Nothing here reads
 `fit` passes its state, and a row of figures for each epoch, to its caller.
 """
 
+import copy
 import math
 import signal
 import threading
@@ -258,6 +259,13 @@ def distillation_loss(
     )
     labels = F.cross_entropy(logits, targets)
     return kd_weight * temperature**2 * divergence + (1 - kd_weight) * labels
+
+
+def largest_budget(model: nn.Module, image_size: int, grey: bool) -> int:
+    """The largest budget of a first pruning step: unused channels of `model` stay unused."""
+    slim = rewrite.trim_channels_(rewrite.trim_(copy.deepcopy(model), image_size))
+    live = prune.all_reachable(slim, image_size, grey)
+    return prune.count_fixed(model) + sum(int(mask.sum()) for mask in live.values())
 
 
 def augmented_epochs(training: Training) -> int:

@@ -392,7 +392,8 @@ def check(
         for weight in prune.weights(probe).values():
             weight.fill_(1)  # a random one can be 0.0, and the schedule would differ next time
     prune.apply_width_(probe, settings["width"])
-    smallest, largest = prune.budget_range(probe, source.image_size, source.grey)
+    kind = source.image_size, source.grey
+    smallest, largest = prune.budget_range(probe, *kind)
     for budget in budgets:
         if not smallest <= budget <= largest:
             raise UsageError(
@@ -400,12 +401,12 @@ def check(
                 f"minimum) to {largest} (all reachable weights)"
             )
     if args.student:
-        largest = min(largest, left := prune.count(loaded[args.student][0]))
+        network = loaded[args.student][0]
+        left = min(prune.count(network), distill.largest_budget(network, *kind))
+        largest = min(largest, left)
         if left < max(budgets):
-            raise UsageError(
-                f"--student {args.student}: has {left:,} parameters, fewer than --budget "
-                f"{max(budgets)}"
-            )
+            text = f"has {left:,} parameters that can be kept, fewer than --budget {max(budgets)}"
+            raise UsageError(f"--student {args.student}: {text}")
     batch_size, _, _ = distill.batch_layout(min(images, batches.images or images), batches)
     if batch_size % runtime.world_size():
         raise UsageError(

@@ -405,11 +405,33 @@ def test_a_given_network_is_pruned_or_fine_tuned(full, folder, tmp_path, monkeyp
             "--stem 2, but its stem is 4; leave --stem out",
         ),
         (["--student", str(folder / "teacher.pth")], "a resnet50, not a resnet18"),
-        (["--student", str(pruned), "--budget", "100001"], "has 100,000 parameters, fewer than"),
+        (
+            ["--student", str(pruned), "--budget", "100001"],
+            "has 100,000 parameters that can be kept",
+        ),
     ):
         assert train.main([*full, *flags]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_of_a_narrow_student_no_more_is_asked_than_can_be_kept(wide, tmp_path, monkeypatch, capsys):
+    """Two thirds of its first convolution are merged into the rest, as gray images have three equal
+    channels."""
+    shrunk.measure_nothing(monkeypatch)
+    shrunk.draw_nothing(monkeypatch)
+    student = models.build("resnet18", 10, stem=1)
+    prune.apply_width_(student, 0.09375)
+    meta = {"arch": "resnet18", "num_classes": 10, "stem": 1, "image_size": 28, "grey": True}
+    checkpoint.save(tmp_path / "narrow.pth", student, meta)
+    most = prune.count(student) - 2 * 6 * 3 * 3
+    flags = [*wide, "--teacher", "none", "--student", str(tmp_path / "narrow.pth"), "--name", "a"]
+    assert train.main([*flags, "--budget", str(most + 1)]) == 2
+    assert f"has {most:,} parameters that can be kept" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert train.main([*flags, "--budget", str(most)]) == 0
+    pruned, _ = checkpoint.load(tmp_path / "runs" / "a" / "pruned_resnet18.pth")
+    assert prune.count(pruned) == most
 
 
 @pytest.mark.parametrize("stem", [2, 1])
