@@ -285,7 +285,7 @@ def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
     not change. Raises CheckpointError, also if a weight is too large for float16.
     """
     prunable = list(prune.weights(model))
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = {name: _storable(tensor) for name, tensor in model.state_dict().items()}
     others = [t.flatten() for n, t in state.items() if n not in prunable and t.is_floating_point()]
     integers = [t.flatten() for t in state.values() if not t.is_floating_point()]
     parts = {"others": torch.cat(others), "integers": torch.cat(integers)}
@@ -317,11 +317,25 @@ def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
     content = {
         "format": FORMAT,
         "version": VERSIONS[bits < 16],
-        "meta": {**meta, "parameters": prune.count(model)},
+        "meta": {**meta, "parameters": prune.count_fixed(model) + len(positions)},
         **({"bits": bits} if bits < 16 else {"half": bits == 16}),
         **parts,
     }
     write(path, content)
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU; floats as float32, denormal ones as 0.
+
+    Whether denormal numbers are 0 depends on a flag of the processor, which scripts set
+    (`runtime`); the count must not.
+    """
+    tensor = tensor.detach().cpu()
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.float().contiguous()
+    exponents = tensor.view(torch.int32) & 0x7F800000  # comparing floats would obey that flag
+    return tensor.where(exponents != 0, 0.0)
 
 
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -380,7 +394,7 @@ def _pack(tensor: Tensor) -> Tensor:
     Of the four bytes of a trained weight, the highest (sign and exponent) shrinks to a quarter, the
     others hardly at all. The xz container adds a checksum.
     """
-    planes = tensor.view(torch.uint8).view(len(tensor), -1).t().contiguous()
+    planes = tensor.view(torch.uint8).view(-1, tensor.itemsize).t().contiguous()
     packed = lzma.compress(planes.numpy().tobytes(), check=lzma.CHECK_CRC32, filters=LZMA)
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
@@ -595,7 +609,7 @@ def _unpacked(content: dict, most: int) -> dict[str, Tensor]:
 
 def _values(bits: int, layers: list[Tensor], parts: dict[str, Tensor]) -> Tensor:
     """All weights of `layers`, float32, one after the other."""
-    flat = torch.zeros(sum(layer.numel() for layer in layers))
+    flat = torch.zeros(sum(layer.numel() for layer in layers), dtype=torch.float32)
     values = parts["values"].float()
     if bits < 32:
         values = torch.cat([parts["first"], values])

@@ -15,6 +15,8 @@ import checkpoint
 import models
 import prune
 
+DENSE = {"arch": "resnet18", "num_classes": 10}
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -65,6 +67,42 @@ def test_half_precision_rounds_the_weights_and_keeps_the_count(pruned, path):
     with pytest.raises(checkpoint.CheckpointError, match="too large for half"):
         checkpoint.save(path, pruned, META, bits=16)
     assert prune.count(checkpoint.load(path)[0]) == 100_000  # the file before
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_denormal_numbers_are_0_whatever_the_processor_says(bits, flushed, narrow, path):
+    """Scripts have them flushed to 0, a notebook has not."""
+    model = models.build("resnet18", 10)
+    weights = model.conv1.weight.data
+    weights[0, 0, 0, :3] = torch.tensor([1e-40, -1e-42, 2e-38])
+    before = not torch.tensor([1e-40]).any()
+    try:
+        torch.set_flush_denormal(flushed)
+        checkpoint.save(path, model, DENSE, bits)
+        for other in (False, True):
+            torch.set_flush_denormal(other)
+            loaded, meta = checkpoint.load(path)
+            assert loaded.conv1.weight[0, 0, 0, :2].abs().tolist() == [0, 0]
+            assert meta["parameters"] == prune.count(loaded)
+    finally:
+        torch.set_flush_denormal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_other_precisions_are_written_in_float32(dtype, narrow_resnet18, path):
+    checkpoint.save(path, narrow_resnet18.to(dtype), DENSE)
+    state = checkpoint.load(path)[0].state_dict()
+    for name, tensor in narrow_resnet18.state_dict().items():
+        assert torch.equal(state[name], tensor.to(state[name].dtype)), name
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_layers_without_weights_can_be_written(bits, pruned, path):
+    for weight in prune.weights(pruned).values():
+        weight.data.zero_()
+        checkpoint.save(path, pruned, META, bits)
+        assert checkpoint.load(path)[1]["parameters"] == prune.count(pruned)
 
 
 @pytest.mark.parametrize("bits", [8, 5, 2])
