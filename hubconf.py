@@ -107,7 +107,9 @@ class _Transform:
         if isinstance(images, (_Image.Image, str, _Path)):
             images = _data.read_image(images, self.image_size, self.grey)
         else:
-            images = _data.resize(_batch(images), self.image_size, self.grey)
+            images = _batch(images)
+            resized = _data.resize(images.cpu(), self.image_size, self.grey)
+            images = resized.to(images.device)
         return _models.normalize(images)
 
     def __reduce__(self):

@@ -114,7 +114,7 @@ def bf16_is_faster(device: torch.device) -> bool:
 
 
 def build(arch: str, num_classes: int, imagenet: bool = False, stem: int = 4) -> nn.Module:
-    """A newly initialized torchvision ResNet.
+    """A newly initialized torchvision ResNet, float32.
 
     `stem` is the total stride of its stem. 4: torchvision's, a 7x7 convolution of stride 2 and a
     max-pool. For small images, 2: a 3x3 convolution of stride 1 and the max-pool, so that all
@@ -137,7 +137,7 @@ def build(arch: str, num_classes: int, imagenet: bool = False, stem: int = 4) ->
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     if stem == 1:
         model.maxpool = nn.Identity()
-    return model
+    return model.float()  # whatever the caller's default dtype is
 
 
 def normalize(images: Tensor) -> Tensor:

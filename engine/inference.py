@@ -50,7 +50,7 @@ class _TileRunner:
         threads = max(1, min(threads, tiles))
         scratch = self._idle.pop() if self._idle else None
         if scratch is None or len(scratch) < threads:
-            scratch = torch.zeros(threads, self._floats)
+            scratch = torch.zeros(threads, self._floats, dtype=torch.float32)
         numbers = images.data_ptr(), n, *images.stride(), logits.data_ptr()
         arguments = [
             *map(Argument, numbers),
@@ -101,12 +101,16 @@ class SparseResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 (N, classes), of `images`, float32 (N, 3, H, H) in any layout.
 
-        Raises ValueError for images of another shape or dtype.
+        Raises ValueError for images of another shape, dtype or device.
         """
         n, size = len(images), self.largest.image.size
-        if images.shape[1:] != (3, size, size) or images.dtype != torch.float32:
-            raise ValueError(f"expected float32 (N, 3, {size}, {size}), got {tuple(images.shape)}")
-        logits = torch.empty(n, self.largest.logits.channels)
+        kind = images.dtype, images.device.type
+        if images.shape[1:] != (3, size, size) or kind != (torch.float32, "cpu"):
+            raise ValueError(
+                f"expected float32 (N, 3, {size}, {size}) on the CPU, got {images.dtype} "
+                f"{tuple(images.shape)} on {images.device}"
+            )
+        logits = torch.empty(n, self.largest.logits.channels, dtype=torch.float32)
         self._runner(self._tile_size(n)).run(images, logits, self.threads)
         return logits
 

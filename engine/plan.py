@@ -204,7 +204,7 @@ def product(
     # Weights that pad a row are zero, and read a position that exists.
     offsets = within[live, live][0, 0].repeat(int(starts[-1]))
     offsets[place] = c * source.stride + within[ky, kx]
-    values = torch.zeros(len(offsets))
+    values = torch.zeros(len(offsets), dtype=torch.float32)
     values[place] = values_used
     table = starts.int(), offsets.int(), values, bias.clone()
     return Product(name, source, target, vectors, *table, unroll=unroll, **options)
@@ -334,8 +334,9 @@ class Plan:
         if self.positions > 1 and stride > source.phases:  # vectors need the pixels side by side
             if layer.reads not in copies:
                 copy = self._map(source.channels, source.size, source.border, stride)
-                same = SparseWeight.of(torch.eye(source.channels)[:, :, None, None])
-                none = torch.zeros(source.channels)
+                eye = torch.eye(source.channels, dtype=torch.float32)
+                same = SparseWeight.of(eye[:, :, None, None])
+                none = torch.zeros(source.channels, dtype=torch.float32)
                 self._product(f"{layer.name}.input", same, none, source, copy, 1, 0, copy=True)
                 copies[layer.reads] = copy
             source = copies[layer.reads]

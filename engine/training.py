@@ -70,7 +70,7 @@ class SparseLayer:
         numbers = numbers * (weight != 0)
         mirrored = numbers.transpose(0, 1).flip(2, 3)
         y, dx = FeatureMap(0, self.channels, self.size_out, 0), FeatureMap(0, c, size, 0)
-        zeros = torch.zeros(self.channels), torch.zeros(c)
+        zeros = weight.new_zeros(self.channels), weight.new_zeros(c)
         numbers, mirrored = map(SparseWeight.of, (numbers, mirrored))
         self.products = [plan.product("", numbers, zeros[0], self.padded, y, self.stride, padding)]
         if layer.reads != 0:  # nothing needs the gradient of the image

@@ -170,9 +170,25 @@ def test_any_layout_of_images_and_none_at_all():
     assert torch.equal(engine(x.contiguous(memory_format=torch.channels_last)), expected)
     assert torch.equal(engine(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)), expected)
     assert engine(x[:0]).shape == (0, 10)
-    for bad in (images(2, 32), images(2).double(), images(2)[:, :1]):
+    meta = images(2).to("meta")  # the memory of another device
+    for bad in (images(2, 32), images(2).double(), images(2)[:, :1], meta):
         with pytest.raises(ValueError, match="expected float32"):
             engine(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_default_dtype_of_the_caller_changes_nothing(dtype):
+    x = images(19)
+    engine = inference.SparseResNet(checkpoint.load(WEIGHTS)[0], 28)
+    expected = engine(x), engine(x[:1])
+    try:
+        torch.set_default_dtype(dtype)
+        fresh = inference.SparseResNet(checkpoint.load(WEIGHTS)[0], 28)
+        for network in (engine, fresh):
+            assert torch.equal(network(x), expected[0]) and torch.equal(network(x[:1]), expected[1])
+            assert network(x).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_multiply_adds_are_weights_times_positions():
