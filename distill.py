@@ -52,7 +52,6 @@ class Training:
     weight_decay: float = 5e-4
     kd_weight: float = 0.5  # of the distillation loss, if there is a teacher; labels have the rest
     temperature: float = 4.0
-    pruning: float = 1 / 3  # fraction of the epochs, the first ones, that follow a pruning step
     unaugmented: float = 0.25  # fraction of the epochs, the last ones, on images only flipped
     # Augmented batches repeat after so many epochs (0: never), so that the teacher's logits can be
     # cached. Unaugmented batches repeat so that each comes about as often.
@@ -262,10 +261,11 @@ def distillation_loss(
 
 
 def largest_budget(model: nn.Module, image_size: int, grey: bool) -> int:
-    """The largest budget of a first pruning step: unused channels of `model` stay unused."""
+    """The largest budget of a first pruning step of `model`, whose unused channels stay unused."""
     slim = rewrite.trim_channels_(rewrite.trim_(copy.deepcopy(model), image_size))
     live = prune.all_reachable(slim, image_size, grey)
-    return prune.count_fixed(model) + sum(int(mask.sum()) for mask in live.values())
+    most = prune.count_fixed(model) + sum(int(mask.sum()) for mask in live.values())
+    return min(most, prune.count(model))
 
 
 def augmented_epochs(training: Training) -> int:
