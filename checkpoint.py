@@ -193,7 +193,7 @@ def _overwrite(target: Path, source: BinaryIO) -> None:
 def write(path: Path, content: object) -> None:
     """Write `content` to `path`, as `writing` does: str and bytes as they are, else torch.save."""
     if isinstance(content, str):
-        content = content.encode(errors="backslashreplace")  # file names may be no UTF-8
+        content = content.encode(errors="backslashreplace")  # a file's name may be other bytes
     elif not isinstance(content, bytes):
         file = io.BytesIO()
         torch.save(content, file)
@@ -279,7 +279,8 @@ def read(path: str | Path) -> object:
 def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
     """Write the weights of `model` in the format above; `meta` needs arch and num_classes.
 
-    Zero weights are left out where that makes the file smaller; a pruned -0.0 is read as 0.0.
+    Floats are stored as float32, -0.0 and denormal numbers as 0.0. Zero weights are left out where
+    that makes the file smaller.
     `bits`: 32; 16, conv and linear weights in float16; or 2 to 8, these quantized as in
     `fake_quantize` and all other floats rounded to 11 significant bits. The parameter count does
     not change. Raises CheckpointError, also if a weight is too large for float16.
@@ -317,7 +318,7 @@ def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
     content = {
         "format": FORMAT,
         "version": VERSIONS[bits < 16],
-        "meta": {**meta, "parameters": prune.count_fixed(model) + len(positions)},
+        "meta": {**meta, "parameters": prune.count(model)},
         **({"bits": bits} if bits < 16 else {"half": bits == 16}),
         **parts,
     }
@@ -325,17 +326,11 @@ def save(path: Path, model: nn.Module, meta: dict, bits: int = 32) -> None:
 
 
 def _storable(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU; floats as float32, denormal ones as 0.
-
-    Whether denormal numbers are 0 depends on a flag of the processor, which scripts set
-    (`runtime`); the count must not.
-    """
+    """A tensor on the CPU; floats as float32, exactly 0 where they count as such."""
     tensor = tensor.detach().cpu()
     if not tensor.is_floating_point():
         return tensor
-    tensor = tensor.float().contiguous()
-    exponents = tensor.view(torch.int32) & 0x7F800000  # comparing floats would obey that flag
-    return tensor.where(exponents != 0, 0.0)
+    return tensor.float().where(prune.nonzero(tensor), 0.0)
 
 
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

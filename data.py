@@ -809,7 +809,8 @@ def _check(image: Image.Image) -> None:
 
 
 def _highest_8_bits(image: Image.Image, background: int) -> Image.Image:
-    """An image of 16 bits with 8. Raises ValueError if all of it would be black then."""
+    """An image of 16 bits with 8, `background` where transparent. Raises ValueError if all of it
+    would be black then."""
     pixels = np.array(image).astype(np.uint16)
     clear = pixels == image.info.get("transparency", -1)
     if 0 < pixels[~clear].max(initial=0) < 4096:

@@ -31,9 +31,15 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def nonzero(weight: Tensor) -> Tensor:
+    """Where a float32 copy of `weight` is not zero. Denormal numbers are: elsewhere, whether they
+    are depends on a flag of the processor, which scripts set (`runtime`) and notebooks do not."""
+    return ~(weight.float().abs() < torch.finfo(torch.float32).tiny)  # NaN is not zero
+
+
 def count(model: nn.Module) -> int:
     """THE parameter count: non-zero prunable weights plus every other parameter."""
-    kept = sum(int(weight.count_nonzero()) for weight in weights(model).values())
+    kept = sum(int(nonzero(weight).sum()) for weight in weights(model).values())
     return kept + count_fixed(model)
 
 

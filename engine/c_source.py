@@ -97,7 +97,7 @@ class CSource:
             f"{name}_classes has the names of the classes. One thread may call it at a time.",
             "The lines from `#include <stdint.h>` to the second `#endif` are a header.",
             "",
-            f"Flash: {self.table_bytes / 1000:,.0f} kB of tables and 10 to 40 kB of code.",
+            f"Flash: {self.table_bytes / 1000:,.0f} kB of tables and 7 to 30 kB of code.",
             f"RAM: {self.memory_bytes / 1000:,.0f} kB and some stack.",
             "",
             "To compile it for your program, or as a program that prints the class of each",

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import checkpoint
 import distill
+import hubconf
 import models
 import train
 from runlog import estimate
@@ -126,6 +127,14 @@ def test_the_stand_in_tells_the_sides_apart(far):
     ):
         with pytest.raises(RuntimeError, match=r"and on the CPU|a generator on"):
             wrong()
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (30, 40), (2, 3, 28, 28)])
+def test_pixels_from_another_device_go_back_there(shape, far):
+    pixels = torch.randint(256, shape, dtype=torch.uint8)
+    transform = hubconf._transform(28, True)
+    images = transform(pixels.to(FAR))
+    assert images.device == FAR and torch.equal(images.cpu(), transform(pixels))
 
 
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter")  # for which PyTorch takes FarTensor

@@ -48,7 +48,9 @@ def test_states_that_a_killed_process_left_go_with_the_next(tmp_path):
 
 def test_what_a_process_that_was_killed_had_half_written_goes(tmp_path):
     record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)
-    half, other = tmp_path / f".{record.STATE}.123", tmp_path / ".mine.123"
+    other = tmp_path / ".mine.123"
+    with checkpoint.writing(tmp_path / record.STATE):
+        (half,) = tmp_path.glob(".*")
     for path in (half, other):
         path.write_bytes(b"large")
     record.Run(tmp_path, SETTINGS, {}, "train.py", *MACHINE)

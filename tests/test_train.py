@@ -405,10 +405,7 @@ def test_a_given_network_is_pruned_or_fine_tuned(full, folder, tmp_path, monkeyp
             "--stem 2, but its stem is 4; leave --stem out",
         ),
         (["--student", str(folder / "teacher.pth")], "a resnet50, not a resnet18"),
-        (
-            ["--student", str(pruned), "--budget", "100001"],
-            "100,000 parameters can be kept",
-        ),
+        (["--student", str(pruned), "--budget", "100001"], "100,000 parameters can be kept"),
     ):
         assert train.main([*full, *flags]) == 2
         error = capsys.readouterr().err
