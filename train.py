@@ -505,6 +505,7 @@ def default_name(args: argparse.Namespace, settings: dict, source: data.Source) 
     parts = (
         "quick" if args.quick else "resnet18",
         own if source.name != "fashion-mnist" else "",
+        f"{args.image_size}px" if args.image_size else "",
         f"stem{settings['stem']}" if settings["stem"] != 4 else "",
         f"width{args.width:g}" if args.width else "",
         f"length{args.length:g}" if args.length else "",

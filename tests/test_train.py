@@ -557,6 +557,7 @@ def test_runs_that_differ_have_names_that_differ(tmp_path):
         (), ("--quick",), ("--budget", "50000"), ("--budget", "50000", "20000"), ("--seed", "1"),
         ("--stem", "2"), ("--length", "2"), ("--width", "0.5"), ("--data", "cats"),
         ("--data", "a/dogs"), ("--no-prune",), ("--teacher", "none"), ("--teacher", "a"),
+        ("--image-size", "56"),
     ]  # fmt: skip
     names = [name(*words) for words in flags]
     assert len({*names}) == len(names) and names[0] == "resnet18-seed0"
