@@ -571,6 +571,8 @@ def _checked_meta(path: str | Path, content: dict) -> dict:
     classes = meta.get("classes", ["?"] * meta["num_classes"])
     _require(len(classes) == meta["num_classes"] and all(isinstance(c, str) for c in classes))
     _require(0 < meta.get("image_size", 28) <= data.SIZES[1])
+    accuracy = meta.get("val_accuracy")  # None if nothing was held out
+    _require(accuracy is None or (type(accuracy) is float and 0 <= accuracy <= 1))
     if meta.get("arch") not in models.ARCHITECTURES:
         raise CheckpointError(f"{path}: unknown architecture {meta.get('arch')!r}")
     stem = meta.setdefault("stem", 4)

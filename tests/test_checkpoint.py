@@ -1,4 +1,5 @@
 import errno
+import math
 import os
 import pickle
 import subprocess
@@ -405,6 +406,12 @@ def damage(path, kind):
     if kind == "classes":
         edit(path, meta={"num_classes": -1})
         return "do not fit together"
+    if kind == "accuracy":
+        edit(path, meta={"val_accuracy": torch.tensor(0.9)})
+        return "do not fit together"
+    if kind == "accuracy NaN":
+        edit(path, meta={"val_accuracy": math.nan})
+        return "do not fit together"
     raise AssertionError(kind)
 
 
@@ -454,6 +461,7 @@ KINDS = (
     "other network", "other shapes", "lacks a layer", "more layers", "deeper", "architecture",
     "stem", "version", "NaN", "over budget", "miscounted", "positions", "positions beyond",
     "too few values", "too many others", "dtype", "flipped bit", "cut short", "bomb", "classes",
+    "accuracy", "accuracy NaN",
 )  # fmt: skip
 
 
