@@ -5,6 +5,7 @@ Fashion-MNIST by default; by name, other data sets of torchvision; or an image f
 """
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import itertools
@@ -349,8 +350,10 @@ def load(source: Source, split: str) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def iter_batches(source: Source, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `load`, in batches of `chunk_size` images."""
+def iter_batches(
+    source: Source, split: str, background: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `load`, in batches of `chunk_size` images; `background` as in `read_image`."""
     if source.name == "folder":
         images, labels = _list_classes(source, split)
     elif source.name == "fashion-mnist":
@@ -359,7 +362,8 @@ def iter_batches(source: Source, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         known = _torchvision(source.name, source.path, train=split == "train")
         images, labels = torch.as_tensor(known.data), torch.as_tensor(known.targets)
         images = images if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    prepare = read_images if source.name == "folder" else resize
+    read = functools.partial(read_images, background=background)
+    prepare = read if source.name == "folder" else resize
     chunk = chunk_size(source.image_size, source.grey)
     for start in range(0, len(labels), chunk):
         part = slice(start, start + chunk)

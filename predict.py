@@ -195,15 +195,16 @@ def chunks(
                 counted += len(images)
 
 
-def test_images(source: data.Source) -> Iterator[tuple[list, Tensor, Tensor]]:
+def test_images(source: data.Source, background: int = 0) -> Iterator[tuple[list, Tensor, Tensor]]:
     """(ids, uint8 images, labels) of the test images, some at a time. Raises DataError.
 
     The ids are numbers from 0; for an image folder, the files' names below the folder test/.
+    `background` as in `data.read_image`.
     """
     ids: Iterator = itertools.count()
     if source.name == "folder":
         ids = iter(file_ids([(source.splits["test"], data.source_files(source, "test"))])[0])
-    for images_u8, labels in data.iter_batches(source, "test"):
+    for images_u8, labels in data.iter_batches(source, "test", background):
         yield list(itertools.islice(ids, len(labels))), images_u8, labels
 
 
@@ -214,17 +215,18 @@ def predict(args: argparse.Namespace) -> None:
     said = args.image_size, args.color, args.stem
     assumed = checkpoint.fill_missing_meta_(meta, args.weights, *said)
     inputs = [args.weights, *args.images]
+    background = 255 if args.invert else 0  # black once it is inverted
     if args.images:
         found, notes = gather(args.images)
         notes += [f"--data {args.data} is not used: IMAGES are given"] if args.data else []
         inputs += [file for _, files in found for file in files]
-        background = 255 if args.invert else 0  # black once it is inverted
         parts = chunks(found, meta["image_size"], meta["grey"], background)
         classes = meta.get("classes") or [str(number) for number in range(meta["num_classes"])]
     else:
         source = data.find_for_weights(args.weights, meta, args.data)
         inputs += data.source_files(source, "test")
-        parts, classes, notes = test_images(source), source.classes, list(source.notes)
+        parts, classes = test_images(source, background), source.classes
+        notes = list(source.notes)
     notes += [] if args.names else data.order_note(classes)
     classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # of any file
     if args.probs and (taken := {"id", "pred"} & set(classes)):

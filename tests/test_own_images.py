@@ -441,6 +441,16 @@ def test_a_palette_with_alpha_is_black_where_it_is_transparent():
 
 
 def test_a_transparent_color_of_16_bits_is_refused(tmp_path):
+def test_what_is_transparent_is_black_in_a_folder_test_as_well(folder, tmp_path, monkeypatch):
+    """With --invert: white before, as in IMAGES."""
+    for path in (folder / "test").rglob("*.png"):
+        Image.new("RGBA", (28, 28)).save(path)
+    source = data.find(folder)
+    for background in (0, 255):
+        (_, images, _) = next(predict.test_images(source, background))
+        assert images.unique().tolist() == [background]
+
+
     """PIL keeps 8 bits of the pixels, and 16 of what is transparent."""
     row = struct.pack(">24H", *range(0, 24_000, 1000))
     write_png(tmp_path / "a.png", 16, 2, row, struct.pack(">3H", 0, 1000, 2000))
