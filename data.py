@@ -126,8 +126,6 @@ def find(
     if dataset == "fashion-mnist":
         return Source(dataset, _find_fashion_mnist(folder), CLASSES, image_size or 28, grey=True)
     path = CACHE_DIR if folder is None else Path(folder)
-    if folder is not None and not path.is_dir():
-        raise DataError(f"{path}: {_why_not(path)}")
     known = _torchvision(dataset, path, train=True)
     size, grey = known.data.shape[1], known.data.ndim == 3
     return Source(dataset, path, tuple(known.classes), image_size or size, grey)
@@ -173,7 +171,7 @@ def find_for_weights(weights: str | Path, meta: dict, folder: str | Path | None 
 
 
 def _torchvision(dataset: str, path: Path, train: bool):
-    """torchvision's data set, downloaded if it is not in `path`. Raises DataError."""
+    """torchvision's data set in `path`; CACHE_DIR is where it is downloaded. Raises DataError."""
     found = _find_torchvision(dataset, path, train)
     if dataset in LABEL_COUNTS:
         labels = np.asarray(found.targets, np.uint8)
@@ -182,9 +180,10 @@ def _torchvision(dataset: str, path: Path, train: bool):
         counts = tuple(np.bincount(labels, minlength=10))
         if digest in CONTENT_MD5 or counts != LABEL_COUNTS[dataset][not train]:
             place = path / TORCHVISION[dataset] / "raw"
+            again = "rename or delete it" if path == CACHE_DIR else "leave out --data"
             raise DataError(
-                f"{place}: the labels in this folder are not those of {dataset}; rename or delete "
-                "it, and the files are downloaded again"
+                f"{place}: the labels in this folder are not those of {dataset}; {again}, and the "
+                "files are downloaded"
             )
     return found
 
@@ -196,12 +195,14 @@ def _find_torchvision(dataset: str, path: Path, train: bool):
     kind = getattr(torchvision.datasets, TORCHVISION[dataset])
     with contextlib.suppress(Exception):
         return kind(path, train, download=False)
+    if path != CACHE_DIR:  # a folder of the user's, in which nothing is written
+        why = _why_not(path, f"torchvision's complete files of {dataset}")
+        raise DataError(f"{path}: {why}; without --data {dataset} is downloaded")
     try:
-        with _fetching() if path == CACHE_DIR else contextlib.nullcontext():
+        with _fetching():
             with contextlib.suppress(Exception):  # another process has fetched it meanwhile
                 return kind(path, train, download=False)
-            if path == CACHE_DIR:
-                shutil.rmtree(path / TORCHVISION[dataset], ignore_errors=True)
+            shutil.rmtree(path / TORCHVISION[dataset], ignore_errors=True)
             return kind(path, train, download=True)
     except Exception as error:  # torchvision lets out whatever stops it
         for empty in (path / TORCHVISION[dataset] / "raw", path / TORCHVISION[dataset]):
@@ -252,14 +253,12 @@ def _find_fashion_mnist(folder: str | Path | None) -> Path:
     )
 
 
-def _why_not(folder: Path) -> str:
+def _why_not(folder: Path, files: str = "the four Fashion-MNIST files (*-ubyte.gz)") -> str:
     """Why no images are found in `folder`, and what to do."""
     if not folder.is_dir():
         return "is not a folder" if folder.exists() else "there is no such folder"
     places = _folders(folder)
-    needed = (
-        "neither the four Fashion-MNIST files (*-ubyte.gz) nor a folder train/ or test/ is there"
-    )
+    needed = f"neither {files} nor a folder train/ or test/ is there"
     with contextlib.suppress(DataError):  # of folders that are not asked for
         for place in itertools.islice(_folders_below(folder), 1000):
             if _splits(place):

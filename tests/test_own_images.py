@@ -350,14 +350,22 @@ def test_torchvisions_data_sets_by_name(name, monkeypatch, tmp_path):
 
 
 def test_a_data_set_that_cannot_be_had_is_said_so(monkeypatch, tmp_path):
-    def refuse(*args, **kwargs):
-        (tmp_path / "KMNIST" / "raw").mkdir(parents=True, exist_ok=True)  # as torchvision does
+    downloads, cache = [], tmp_path / "cache"
+
+    def refuse(root, train, download):
+        downloads.append(download)
+        (root / "KMNIST" / "raw").mkdir(parents=True, exist_ok=True)  # as torchvision does
         raise RuntimeError("no route\nto host")
 
     monkeypatch.setattr(torchvision.datasets, "KMNIST", refuse)
+    monkeypatch.setattr(data, "CACHE_DIR", cache)
     with pytest.raises(data.DataError, match="kmnist was not found and could not be downloaded"):
-        data.find(tmp_path, "kmnist")
-    assert not list(tmp_path.iterdir())
+        data.find(dataset="kmnist")
+    assert not list(cache.iterdir()) and any(downloads)
+    downloads.clear()
+    with pytest.raises(data.DataError, match="complete files of kmnist nor a folder train/ or"):
+        data.find(tmp_path, "kmnist")  # nothing is downloaded into a folder of the user's
+    assert not any(downloads)
 
 
 @pytest.mark.parametrize("color", [False, True])
