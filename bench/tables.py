@@ -202,7 +202,8 @@ def add(path: Path) -> None:
     no validation accuracy. Raises OSError, ValueError or KeyError."""
     read = functools.partial(pd.read_csv, dtype=str, keep_default_na=False)  # as it is written
     rows, new = read(RESULTS), read(path)
-    new = new[rows.columns][(new["student_val"] != "") | (new["pruned_val"] != "")]
+    measured = new["pruned_val"].where(new["pruned_test"] != "", new["student_val"])
+    new = new[rows.columns][measured != ""]
     checkpoint.write(RESULTS, pd.concat([rows, new]).drop_duplicates().to_csv(index=False))
 
 

@@ -96,6 +96,8 @@ def test_rows_that_are_added_are_new_and_have_a_validation_accuracy(tmp_path, mo
     rows = [
         "a-seed7,train.py,4,7,100000,,,0.9320,0.9300,0.9320,0.9300,9.0,cpu (2 cores),12e4567",
         "b-seed8,train.py --full-train,4,8,100000,,,,0.9300,,0.9300,9.0,cpu (2 cores),12e4567",
+        "c-seed9,train.py --full-train --student s.pth,4,9,100000,,,0.9320,0.9300,,0.9300,9.0,cpu "
+        "(2 cores),12e4567",
     ]
     new.write_text("\n".join([before.strip(), *rows]))
     monkeypatch.setattr(tables, "RESULTS", results)
