@@ -21,6 +21,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 from pickle import UnpicklingError
 
@@ -297,8 +298,8 @@ def start(args: argparse.Namespace) -> None:
     device = models.choose_device(args.device)
     source = data.find(args.data, args.dataset, args.image_size)
     loaded = data.load_train(source, args.full_train)
-    settings, given, largest = check(args, source, device, len(loaded[0][1]))
-    name = args.name or default_name(args, settings, source)
+    settings, given, largest = check(args, source, device, loaded[0][0])
+    name = args.name or default_name(args, source)
     if Path(name).name != name or name in (".", ".."):
         raise UsageError(f"--name {name}: a name, not a path")
     notes = [*source.notes, *data.order_note(source.classes)]
@@ -315,7 +316,8 @@ def start(args: argparse.Namespace) -> None:
             "threads": torch.get_num_threads(),
             "processes": runtime.world_size(),
         }
-        run = Run(folder, settings, given, command(args, settings), machine, context.bf16)
+        words = command(args, settings["length"])
+        run = Run(folder, settings, given, words, machine, context.bf16)
         if run.record["machine"]["kind"] == device.type:  # as measured when the run was begun
             context = replace(context, bf16=run.record["bf16"])
         if runtime.rank() == 0:
@@ -355,19 +357,18 @@ def check_combination(args: argparse.Namespace) -> None:
 
 
 def check(
-    args: argparse.Namespace, source: data.Source, device: torch.device, images: int
+    args: argparse.Namespace, source: data.Source, device: torch.device, images: torch.Tensor
 ) -> tuple[dict, dict[str, list[Path]], int]:
     """The run's settings, the given files, and the number of the student's reachable parameters.
 
-    `images`: how many there are to train on. Raises UsageError, or whatever else is wrong, before
-    hours of work.
+    `images`: those to train on. Raises UsageError, or whatever else is wrong, before hours of work.
     """
     if data.has_split(source, "test"):
         data.load(source, "test")
     teachers = [] if args.teacher in (None, ["none"]) else args.teacher
     given = {"teacher": [*map(Path, teachers)], "student": [args.student] * bool(args.student)}
     loaded = {
-        path: check_given(stage, path, source, args.stem if stage == "student" else None)
+        path: check_given(stage, path, source, args.stem if stage == "student" else None, images)
         for stage in given
         for path in given[stage]
     }
@@ -406,7 +407,7 @@ def check(
         if largest < max(budgets):
             text = f"{largest:,} parameters can be kept, fewer than --budget {max(budgets)}"
             raise UsageError(f"--student {args.student}: {text}")
-    batch_size, _, _ = distill.batch_layout(min(images, batches.images or images), batches)
+    batch_size, _, _ = distill.batch_layout(len(images[: batches.images]), batches)
     if batch_size % runtime.world_size():
         raise UsageError(
             f"{runtime.world_size()} processes cannot share batches of {batch_size} equally; start "
@@ -450,10 +451,10 @@ def chain_settings(
 
 
 def check_given(
-    stage: str, path: Path, source: data.Source, stem: int | None
+    stage: str, path: Path, source: data.Source, stem: int | None, images: torch.Tensor
 ) -> tuple[nn.Module, dict]:
     """The network in a file that was given as `stage`, and its metadata. Raises UsageError if it
-    was trained for other classes or images than those of `source`."""
+    was trained for other classes or images than those of `source`, or models.LogitsError."""
     network, meta = checkpoint.load(path, stem=stem)
     if (note := checkpoint.pop_ignored_(meta, path)) and runtime.rank() == 0:
         print(f"train.py: warning: {note}", file=sys.stderr)
@@ -475,17 +476,19 @@ def check_given(
                 f"{shown(there[key])}"
             )
     if "image_size" not in meta and runtime.rank() == 0:
+        hint = " (if it has a max-pool: export.py --stem 2 --bits 16 writes it so)"
         print(
             f"train.py: {path} does not say its classes and images: taken to be those of "
-            f"{source.path}; stem {meta['stem']}",
+            f"{source.path}; stem {meta['stem']}{hint if meta['stem'] == 1 else ''}",
             file=sys.stderr,
         )
+    models.check_finite(models.infer(network, images[:1]), f"--{stage} {path}")
     return network, meta
 
 
-def command(args: argparse.Namespace, settings: dict) -> str:
+def command(args: argparse.Namespace, length: float) -> str:
     """The command line without seed and place, the same on every device; for records."""
-    flags = vars(args) | {"length": None if settings["length"] == 1 else settings["length"]}
+    flags = vars(args) | {"length": None if length == 1 else length}
     words = ["train.py"]
     for name, value in flags.items():
         if name in ("seed", "name", "device", "data") or value in (None, False, [100_000]):
@@ -499,23 +502,12 @@ def command(args: argparse.Namespace, settings: dict) -> str:
     return " ".join(words)
 
 
-def default_name(args: argparse.Namespace, settings: dict, source: data.Source) -> str:
-    """The folder of a run whose --name is not given: two different runs seldom have the same."""
-    own = source.path.resolve().name if source.name == "folder" else source.name
-    parts = (
-        "quick" if args.quick else "resnet18",
-        own if source.name != "fashion-mnist" else "",
-        f"{args.image_size}px" if args.image_size else "",
-        f"stem{settings['stem']}" if settings["stem"] != 4 else "",
-        f"width{args.width:g}" if args.width else "",
-        f"length{args.length:g}" if args.length else "",
-        "-".join(map(str, settings["budgets"])) if args.budget else "",
-        "dense" if args.no_prune else "",
-        {"given": "distilled", "none": "labels"}.get(settings["teacher_from"], ""),
-        "finetuned" if args.student else "",
-        f"seed{args.seed}",
-    )
-    return "-".join(filter(None, parts))
+def default_name(args: argparse.Namespace, source: data.Source) -> str:
+    """The folder of a run whose --name is not given: its flags, as `command` has them."""
+    own = source.path.resolve().name if source.name == "folder" else ""
+    words = "" if args.quick else "resnet18", own, *command(args, args.length or 1).split()[1:]
+    name = re.sub(r"[^\w.]+", "-", " ".join(filter(None, words)).replace(".pth", ""))
+    return f"{name[:100]}-seed{args.seed}"  # file systems allow 255 bytes
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -259,9 +259,9 @@ def recorded_accuracy(command: str) -> str:
 
 
 def shown_path(path: str | Path) -> str:
-    """As --teacher or --student has it in the project's folder, elsewhere its name."""
+    """A file of --teacher or --student, from the project's folder; elsewhere .../ and its name."""
     path = Path(path).resolve()
-    return str(path.relative_to(HERE)) if HERE in path.parents else path.name
+    return str(path.relative_to(HERE)) if HERE in path.parents else f".../{path.name}"
 
 
 def to_csv(rows: list[dict]) -> str:

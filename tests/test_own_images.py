@@ -441,14 +441,6 @@ def test_what_is_transparent_is_black_also_if_all_is_inverted(tmp_path, shipped_
     assert results[0] == results[1]
 
 
-def test_a_palette_with_alpha_is_black_where_it_is_transparent():
-    image = Image.new("P", (8, 8))
-    image.putpalette([255, 255, 255, 0, 255, 255, 255, 255], "RGBA")
-    image.putpixel((3, 0), 1)
-    assert data.read_image(image, 8, grey=True)[0, 0].tolist() == [0, 0, 0, 255, 0, 0, 0, 0]
-
-
-def test_a_transparent_color_of_16_bits_is_refused(tmp_path):
 def test_what_is_transparent_is_black_in_a_folder_test_as_well(folder, tmp_path, monkeypatch):
     """With --invert: white before, as in IMAGES."""
     for path in (folder / "test").rglob("*.png"):
@@ -459,6 +451,14 @@ def test_what_is_transparent_is_black_in_a_folder_test_as_well(folder, tmp_path,
         assert images.unique().tolist() == [background]
 
 
+def test_a_palette_with_alpha_is_black_where_it_is_transparent():
+    image = Image.new("P", (8, 8))
+    image.putpalette([255, 255, 255, 0, 255, 255, 255, 255], "RGBA")
+    image.putpixel((3, 0), 1)
+    assert data.read_image(image, 8, grey=True)[0, 0].tolist() == [0, 0, 0, 255, 0, 0, 0, 0]
+
+
+def test_a_transparent_color_of_16_bits_is_refused(tmp_path):
     """PIL keeps 8 bits of the pixels, and 16 of what is transparent."""
     row = struct.pack(">24H", *range(0, 24_000, 1000))
     write_png(tmp_path / "a.png", 16, 2, row, struct.pack(">3H", 0, 1000, 2000))
@@ -805,7 +805,7 @@ def test_a_folder_with_names_that_are_not_utf8_can_be_trained_on(not_utf8, tiny)
     folder, source = not_utf8, data.find(not_utf8)
     assert source.classes[0] == "caf\\xe9" and data.digest(source)
     args = train.parse([*tiny, "--data", str(folder)])
-    assert train.check(args, source, torch.device("cpu"), 8)
+    assert train.check(args, source, torch.device("cpu"), data.load(source, "train")[0])
 
 
 def test_names_that_are_not_utf8_are_escaped_in_the_csv(not_utf8, tmp_path, shipped_like):
@@ -875,7 +875,8 @@ def predicted(tmp_path, capsys, narrow):
 def test_a_teacher_that_does_not_say_its_images_is_named(folder, tmp_path, narrow, capsys):
     path = tmp_path / "plain.pth"
     torch.save(models.build("resnet18", 3).state_dict(), path)
-    train.check_given("teacher", path, data.find(folder), None)
+    source = data.find(folder)
+    train.check_given("teacher", path, source, None, data.load(source, "train")[0])
     error = capsys.readouterr().err
     assert f"{path} does not say its classes and images" in error and "stem 4" in error
 

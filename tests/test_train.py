@@ -11,6 +11,7 @@ from torch import nn
 import checkpoint
 import data
 import distill
+import export
 import models
 import predict
 import prune
@@ -67,6 +68,7 @@ def test_the_chain_prunes_to_each_budget_before_the_unaugmented_epochs(flags, bu
 def test_a_schedule_does_not_depend_on_random_weights(wide, monkeypatch):
     args = train.parse(wide)
     source = data.find(args.data)
+    images, _ = data.load(source, "train")
     build, known = models.build, []
 
     def build_with_a_zero(*args):
@@ -77,7 +79,7 @@ def test_a_schedule_does_not_depend_on_random_weights(wide, monkeypatch):
 
     for of in (build, build_with_a_zero):
         monkeypatch.setattr(models, "build", of)
-        known.append(train.check(args, source, torch.device("cpu"), 1000))
+        known.append(train.check(args, source, torch.device("cpu"), images))
     assert known[0] == known[1]
 
 
@@ -267,7 +269,7 @@ def test_without_a_teacher_the_student_is_the_pruned_networks_teacher(
 
     monkeypatch.setattr(distill, "fit", watched)
     assert train.main([*full, "--teacher", "none"]) == 0
-    folder = tmp_path / "runs" / "resnet18-labels-seed0"
+    folder = tmp_path / "runs" / "resnet18-teacher-none-seed0"
     assert not (folder / "teacher.pth").exists()
     assert [name for name, _ in taught] == ["student", "pruned"]
     assert not taught[0][1]
@@ -289,7 +291,7 @@ def test_unpruned_networks_are_an_ensemble_teacher(full, tmp_path, monkeypatch, 
     for seed in ("0", "1"):
         flags = ["--teacher", "none", "--no-prune", "--stem", "2", "--seed", seed]
         assert train.main([*full, *flags]) == 0
-        folder = tmp_path / "runs" / f"resnet18-stem2-dense-labels-seed{seed}"
+        folder = tmp_path / "runs" / f"resnet18-no-prune-stem-2-teacher-none-seed{seed}"
         assert not list(folder.glob("pruned*"))
         files.append(str(folder / "student.pth"))
     taught = []
@@ -309,7 +311,7 @@ def test_unpruned_networks_are_an_ensemble_teacher(full, tmp_path, monkeypatch, 
         assert int(row["parameters"]) > 100_000
     assert last["command"] == " ".join(
         ["train.py --teacher"]
-        + [f"runs/resnet18-stem2-dense-labels-seed{n}/student.pth" for n in (0, 1)]
+        + [f"runs/resnet18-no-prune-stem-2-teacher-none-seed{n}/student.pth" for n in (0, 1)]
     )
     mean = sum(float(row["student_test"]) for row in rows) / 2
     assert float(last["teacher_test"]) == pytest.approx(mean, abs=1e-4)
@@ -394,9 +396,9 @@ def test_a_given_network_is_pruned_or_fine_tuned(full, folder, tmp_path, monkeyp
         titles = [s["stage"] for s in json.loads((again / "run.json").read_text())["stages"]]
         assert titles == ["student", "pruned"]
     assert {row["command"] for row in read_rows(tmp_path / "results.csv")} == {
-        "train.py --teacher none --student pruned_resnet18.pth",
-        "train.py --budget 90000 --teacher none --student pruned_resnet18.pth",
-        "train.py --teacher none --student student.pth",
+        "train.py --teacher none --student .../pruned_resnet18.pth",
+        "train.py --budget 90000 --teacher none --student .../pruned_resnet18.pth",
+        "train.py --teacher none --student .../student.pth",
     }
     capsys.readouterr()
     for flags, message in (
@@ -439,7 +441,7 @@ def test_a_stem_of_smaller_stride_goes_through_the_whole_chain(
     monkeypatch.setattr(train, "QUICK", replace(shrunk.CHAIN, batches=batches, width=1.0))
     size = ["--image-size", "20", "--width", "1"] if stem == 1 else []
     assert train.main([*tiny, "--stem", str(stem), *size]) == 0
-    (folder,) = (tmp_path / "runs").glob(f"quick-stem{stem}*-seed0")
+    (folder,) = (tmp_path / "runs").glob(f"quick-stem-{stem}*-seed0")
     for name in ("teacher", "student", "pruned_resnet18"):
         model, meta = checkpoint.load(folder / f"{name}.pth")
         assert meta["stem"] == (1 if name == "teacher" else stem)
@@ -522,6 +524,26 @@ def test_a_network_for_other_images_is_refused(flag, meta, message, tiny, tmp_pa
     assert f"{flag} {path}: {message}" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--teacher", "--student"])
+def test_a_network_whose_logits_overflow_is_named(flag, tiny, tmp_path, capsys):
+    path, model = tmp_path / "t.pth", models.build("resnet18", 10)
+    torch.nn.init.constant_(model.fc.weight, 3e38)
+    checkpoint.save(path, model, {"arch": "resnet18", "num_classes": 10})
+    assert train.main([*tiny, flag, str(path)]) == 2
+    message = f"{flag} {path}: gives logits that are not finite"
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_that_does_not_say_its_stem_may_have_a_max_pool(tiny, tmp_path, capsys):
+    path = tmp_path / "t.pth"
+    torch.save(models.build("resnet18", 10, stem=2).state_dict(), path)
+    assert train.main([*tiny, "--teacher", str(path)]) == 0
+    assert "; stem 1 (if it has a max-pool: export.py --stem 2" in capsys.readouterr().err
+    assert export.main(["-w", str(path), "--stem", "2", "--bits", "16"]) == 0
+    assert checkpoint.load(tmp_path / "t-16bit.pth")[1]["stem"] == 2
+
+
 def test_files_that_were_moved_are_still_the_same_run(tiny, tmp_path, tiny_data, monkeypatch):
     path, meta = tmp_path / "t.pth", {"arch": "resnet18", "num_classes": 10}
     checkpoint.save(path, models.build("resnet18", 10), meta)
@@ -549,19 +571,21 @@ def test_runs_that_differ_have_names_that_differ(tmp_path):
         args = train.parse(flags)
         path = args.data or tmp_path
         source = data.Source("folder" if args.data else "fashion-mnist", path, ("a", "b"), 28, True)
-        stem = args.stem or 4
-        settings = train.chain_settings(args, source, torch.device("cpu"), stem)
-        return train.default_name(args, settings, source)
+        return train.default_name(args, source)
 
     flags = [
         (), ("--quick",), ("--budget", "50000"), ("--budget", "50000", "20000"), ("--seed", "1"),
         ("--stem", "2"), ("--length", "2"), ("--width", "0.5"), ("--data", "cats"),
-        ("--data", "a/dogs"), ("--no-prune",), ("--teacher", "none"), ("--teacher", "a"),
-        ("--image-size", "56"),
+        ("--data", "a/dogs"), ("--no-prune",), ("--teacher", "none"), ("--teacher", "a.pth"),
+        ("--teacher", "b.pth"), ("--teacher", "a.pth", "b.pth"), ("--image-size", "56"),
+        ("--full-train",), ("--no-flip",), ("--imagenet",), ("--student", "a.pth"),
+        ("--dataset", "mnist"), ("--teacher", *(f"{n}.pth" for n in range(200)), "--seed", "1"),
     ]  # fmt: skip
     names = [name(*words) for words in flags]
     assert len({*names}) == len(names) and names[0] == "resnet18-seed0"
-    assert all("/" not in name for name in names)
+    assert name("--stem", "1", "--teacher", "none") == "resnet18-stem-1-teacher-none-seed0"
+    assert name("--seed", "0", "--device", "cpu") == names[0] == name("--length", "1")
+    assert all("/" not in name and len(name) < 200 for name in names)
 
 
 def test_a_run_of_another_version_is_refused_in_one_line(tiny, folder, capsys):
