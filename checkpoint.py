@@ -635,14 +635,11 @@ def _from_state_dict(path: str | Path, content: object, stem: int | None) -> tup
         holds = f"only {inside}" if inside else f"a {type(content).__name__}"
         raise CheckpointError(f"{path}: holds no state dict, {holds}; save one: {ALONE}")
     prefix, others = _find_network(path, flat)
-    state, ignored = {}, [other.rstrip(".") for other in others]
-    for name, tensor in flat.items():
-        if not name.startswith(prefix):
-            known = name.startswith(tuple(others)) or not isinstance(tensor, Tensor)
-            ignored += [] if known else [name]
-        elif not name.startswith(tuple(others)):
-            state[name.removeprefix(prefix)] = tensor
-    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    apart = tuple(others)
+    tensors = {n: t for n, t in flat.items() if isinstance(t, Tensor) and not n.startswith(apart)}
+    state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    ignored = [other.rstrip(".") for other in others]
+    ignored += [name for name in tensors if not name.startswith(prefix)]
     for name, tensor in state.items():
         if not _is_plain(tensor) or tensor.dtype not in FOREIGN_DTYPES:
             raise CheckpointError(f"{path}: {name} is not a plain tensor of numbers")

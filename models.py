@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import os
 import sys
-import time
+import timeit
 import types
 
 import torch
@@ -98,16 +98,12 @@ def bf16_is_faster(device: torch.device) -> bool:
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
+    def seconds(side: int, dtype: torch.dtype) -> float:
+        matrix = torch.ones(side, side, dtype=dtype)
+        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=8))
+
     def faster(side: int) -> float:
-        fastest = []
-        for dtype in (torch.float32, torch.bfloat16):
-            matrix, times = torch.ones(side, side, dtype=dtype), []
-            for _ in range(8):
-                began = time.perf_counter()
-                matrix @ matrix
-                times.append(time.perf_counter() - began)
-            fastest.append(min(times))
-        return fastest[0] / fastest[1]
+        return seconds(side, torch.float32) / seconds(side, torch.bfloat16)
 
     # Small ones first: without units for it bf16 is many times slower, and large ones take seconds.
     return faster(256) > 1 / 8 and faster(768) > 1.5

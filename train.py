@@ -456,8 +456,8 @@ def check_given(
     """The network in a file that was given as `stage`, and its metadata. Raises UsageError if it
     was trained for other classes or images than those of `source`, or models.LogitsError."""
     network, meta = checkpoint.load(path, stem=stem)
-    if (note := checkpoint.pop_ignored_(meta, path)) and runtime.rank() == 0:
-        print(f"train.py: warning: {note}", file=sys.stderr)
+    if note := checkpoint.pop_ignored_(meta, path):
+        record.warn(note)
     there = {"classes": list(source.classes), "image_size": source.image_size, "grey": source.grey}
     if meta["num_classes"] != len(source.classes):
         raise UsageError(

@@ -19,10 +19,6 @@ from engine.plan import FeatureMap, Product
 class TrainingCode(Code):
     """A module of these functions."""
 
-    def __init__(self, images: int):
-        super().__init__(images)
-        self.zero = ir.Constant(self.cell, [0.0] * images)
-
     def _channels(self, b: ir.IRBuilder, channels: int, body: Callable) -> None:
         for_range(b, I64(0), I64(channels), 1, body)
 

@@ -107,6 +107,7 @@ class Code:
         self.images = images
         self.sums = host()[1] - 4  # registers beside the weight, its offset and the zero
         self.cell = ir.VectorType(F32, images)
+        self.zero = ir.Constant(self.cell, [0.0] * images)
         self.module = ir.Module()
         self.written: dict[tuple, ir.Function] = {}
 
@@ -270,18 +271,17 @@ class Code:
 
     def _clear(self, b: ir.IRBuilder, scratch: ir.Value, maps: Sequence[FeatureMap]) -> None:
         """Zeros in the borders."""
-        zero = ir.Constant(self.cell, [0.0] * self.images)
         for m in maps:
             after = range(m.channels * m.stride, m.cells)
 
             def channel(c: ir.Value, m=m) -> None:
                 start = self._at(b, scratch, b.add(b.mul(c, I64(m.stride)), I64(m.base)))
                 for place in m.zeros:
-                    self._store(b, zero, start, place)
+                    self._store(b, self.zero, start, place)
 
             for_range(b, I64(0), I64(m.channels), 1, channel)
             for place in after:
-                self._store(b, zero, scratch, m.base + place)
+                self._store(b, self.zero, scratch, m.base + place)
 
     def _max(self, b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
         """The larger; `y` if one of them is NaN. One instruction in this form alone."""
@@ -326,14 +326,14 @@ class PlanCode(Code):
             place = self._integer(b, pixels, b.add(b.mul(y, size), x))
             place = b.add(place, b.mul(c, I64(m.stride)))
             self._store(b, value, scratch, b.add(place, I64(m.base)))
-            return [b.fadd(poison, b.fmul(value, zero))]
+            return [b.fadd(poison, b.fmul(value, self.zero))]
 
         m, size = plan.image, I64(plan.image.size)
         self._clear(b, scratch, plan.cleared[0])
-        zero = ir.Constant(self.cell, [0.0] * plan.images)
         (poison,) = for_range(b, I64(0), I64(plan.image.channels), 1, lambda c, s: for_range(
             b, I64(0), size, 1, lambda y, s: for_range(
-                b, I64(0), size, 1, lambda x, s: pixel(c, y, x, s), [s]), [s]), [zero])  # fmt: skip
+                b, I64(0), size, 1, lambda x, s: pixel(c, y, x, s), [s]), [s]),
+            [self.zero])  # fmt: skip
         for i, (step, product) in enumerate(zip(steps, plan.products, strict=True)):
             self._clear(b, scratch, plan.cleared[1 + i])
             own = self.after(b, tables, 1 + i * len(product.tables))

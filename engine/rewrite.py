@@ -263,11 +263,4 @@ def inference_copy(
 
 def merge_input_channels_(conv: nn.Conv2d) -> None:
     """Three equal input channels become one, with the sum of their weights."""
-    replace_(conv, conv.weight.sum(1, keepdim=True), conv.bias)
-
-
-def replace_(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
-    """Give `conv` other weights, of any shape."""
-    conv.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    conv.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
-    _set_sizes_(conv)
+    _set_kernel_(conv, conv.weight.detach().sum(1, keepdim=True), conv.padding[0])

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axis import Axis
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.text import Text
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 from torch import Tensor
 
 plt.rcParams["text.parse_math"] = False  # a class may be called $
@@ -205,9 +205,7 @@ def sheet(images_u8: Tensor, titles: Sequence[str], title: str = "") -> bytes:
 def _count_logarithmically(set_scale: Callable[[str], None], axis: Axis) -> None:
     """A logarithmic axis whose numbers are words: powers need fonts that are looked for loudly."""
     set_scale("log")
-    axis.set_major_formatter(
-        lambda n, _: f"{n:.0f}" if n < 1e3 else f"{n / 1e3:.0f}k" if n < 1e6 else f"{n / 1e6:.0f}M"
-    )
+    axis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
     axis.set_minor_formatter(NullFormatter())
 
 

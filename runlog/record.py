@@ -110,7 +110,7 @@ class Run:
                 "--name, or resume it with the settings and images it was started with"
             )
         if "stages" not in known and (changes := _changes(known["machine"], machine)):
-            _warn(
+            warn(
                 f"the run was begun with another device or number of threads ({changes}): its "
                 "weights will differ from those of a run that was never stopped"
             )
@@ -129,7 +129,7 @@ class Run:
         for path in damaged:
             anew = "the stage starts anew, and metrics.csv and the minutes with it"
             then = f"going on from {STATE_BEFORE}" if state else anew
-            _warn(f"{path}: damaged, cannot be loaded; {then}")
+            warn(f"{path}: damaged, cannot be loaded; {then}")
             if runtime.rank() == 0:
                 path.unlink()  # it must not become the one before
         return state
@@ -192,7 +192,8 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Print a warning of train.py, once for all processes."""
     if runtime.rank() == 0:
         print(f"train.py: warning: {text}", file=sys.stderr)
 

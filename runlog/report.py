@@ -4,7 +4,6 @@ import functools
 import math
 import platform
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,7 +142,7 @@ def pictures(
     try:
         from runlog import plots
     except OSError as error:  # matplotlib needs a folder for its cache
-        print(f"train.py: warning: no pictures are drawn ({error})", file=sys.stderr)
+        record.warn(f"no pictures are drawn ({error})")
         return
     live = prune.all_reachable(model, source.image_size, source.grey)
     kept = {name: int(w.count_nonzero()) for name, w in prune.weights(model).items()}
@@ -161,7 +160,7 @@ def pictures(
             checkpoint.write(folder / f"{name}.png", draw())
         except Exception as error:  # whatever a plot fails on
             reason = str(error).partition(";")[0]
-            print(f"train.py: warning: no picture {name}.png ({reason})", file=sys.stderr)
+            record.warn(f"no picture {name}.png ({reason})")
 
 
 def print_summary(run: Run) -> None:
@@ -213,4 +212,4 @@ def print_summary(run: Run) -> None:
         )
     else:
         return
-    print(f"train.py: warning: {cost}; {helps} may help", file=sys.stderr)
+    record.warn(f"{cost}; {helps} may help")
