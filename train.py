@@ -488,7 +488,8 @@ def check_given(
 
 def command(args: argparse.Namespace, length: float) -> str:
     """The command line without seed and place, the same on every device; for records."""
-    flags = vars(args) | {"length": None if length == 1 else length}
+    budgets = sorted(args.budget or [], reverse=True) or None
+    flags = vars(args) | {"length": None if length == 1 else length, "budget": budgets}
     words = ["train.py"]
     for name, value in flags.items():
         if name in ("seed", "name", "device", "data") or value in (None, False, [100_000]):
@@ -506,7 +507,7 @@ def default_name(args: argparse.Namespace, source: data.Source) -> str:
     """The folder of a run whose --name is not given: its flags, as `command` has them."""
     own = source.path.resolve().name if source.name == "folder" else ""
     words = "" if args.quick else "resnet18", own, *command(args, args.length or 1).split()[1:]
-    name = re.sub(r"[^\w.]+", "-", " ".join(filter(None, words)).replace(".pth", ""))
+    name = re.sub(r"[^\w.]+", "-", " ".join(words).replace(".pth", "")).strip("-")
     return f"{name[:100]}-seed{args.seed}"  # file systems allow 255 bytes
 
 

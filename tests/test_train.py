@@ -462,7 +462,7 @@ def test_of_several_budgets_each_network_is_kept_and_measured(full, tmp_path):
     assert train.main([*full, "--budget", "100000", "150000"]) == 0
     rows = read_rows(tmp_path / "results.csv")
     assert [row["parameters"] for row in rows] == ["150000", "100000"]
-    folder = tmp_path / "runs" / "resnet18-150000-100000-seed0"
+    folder = tmp_path / "runs" / "resnet18-budget-150000-100000-seed0"
     for row, name in zip(rows, ("pruned_resnet18-150000.pth", "pruned_resnet18.pth"), strict=True):
         model, meta = checkpoint.load(folder / name)
         assert prune.count(model) == meta["budget"] == int(row["parameters"])
@@ -558,8 +558,9 @@ def test_files_that_were_moved_are_still_the_same_run(tiny, tmp_path, tiny_data,
     with monkeypatch.context() as patch:
         patch.setattr(distill.TrainState, "step", stop_in_the_second_epoch)
         assert train.main([*tiny, "--teacher", str(path)]) == 130
-    moved, images = path.rename(tmp_path / "moved.pth"), tmp_path / "elsewhere"
+    images = tmp_path / "elsewhere"
     shutil.copytree(tiny_data, images)
+    moved = path.rename(images / path.name)
     flags = [*tiny[:-1], str(images), "--teacher", str(moved)]
     assert train.main(flags) == 0
     (folder,) = (tmp_path / "runs").glob("[!.]*")
@@ -583,6 +584,8 @@ def test_runs_that_differ_have_names_that_differ(tmp_path):
     ]  # fmt: skip
     names = [name(*words) for words in flags]
     assert len({*names}) == len(names) and names[0] == "resnet18-seed0"
+    assert name("--budget", "2", "3") == name("--budget", "3", "2")  # is the same run
+    assert name("--quick", "--stem", "2") == "quick-stem-2-seed0"
     assert name("--stem", "1", "--teacher", "none") == "resnet18-stem-1-teacher-none-seed0"
     assert name("--seed", "0", "--device", "cpu") == names[0] == name("--length", "1")
     assert all("/" not in name and len(name) < 200 for name in names)
