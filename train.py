@@ -507,7 +507,7 @@ def default_name(args: argparse.Namespace, source: data.Source) -> str:
     """The folder of a run whose --name is not given: its flags, as `command` has them."""
     own = source.path.resolve().name if source.name == "folder" else ""
     words = "" if args.quick else "resnet18", own, *command(args, args.length or 1).split()[1:]
-    name = re.sub(r"[^\w.]+", "-", " ".join(words).replace(".pth", "")).strip("-")
+    name = re.sub(r"(\.\.+|[^\w.])+", "-", " ".join(words).replace(".pth", "")).strip("-.")
     return f"{name[:100]}-seed{args.seed}"  # file systems allow 255 bytes
 
 
