@@ -566,10 +566,12 @@ def _folder_source(folder: Path, splits: dict[str, Path], image_size: int) -> So
                 images, more = walk(place)
                 files += images
                 others += more
+        if split == next(iter(splits)):
+            in_first = len(files)
     if loose:
         notes.append(f"left out, in no folder of a class ({len(loose)}): {_some(loose)}")
     modes, said = inspect(files, others)
-    grey = all(m in GREY for f, m in zip(files, modes, strict=True) if first in f.parents)
+    grey = set(GREY).issuperset(modes[:in_first])
     return Source("folder", folder, classes, image_size, grey, splits, (*notes, *said))
 
 

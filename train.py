@@ -316,8 +316,8 @@ def start(args: argparse.Namespace) -> None:
             "threads": torch.get_num_threads(),
             "processes": runtime.world_size(),
         }
-        words = command(args, settings["length"])
-        run = Run(folder, settings, given, words, machine, context.bf16)
+        line = command(args, settings["length"])
+        run = Run(folder, settings, given, line, machine, context.bf16)
         if run.record["machine"]["kind"] == device.type:  # as measured when the run was begun
             context = replace(context, bf16=run.record["bf16"])
         if runtime.rank() == 0:
@@ -454,7 +454,8 @@ def check_given(
     stage: str, path: Path, source: data.Source, stem: int | None, images: torch.Tensor
 ) -> tuple[nn.Module, dict]:
     """The network in a file that was given as `stage`, and its metadata. Raises UsageError if it
-    was trained for other classes or images than those of `source`, or models.LogitsError."""
+    was trained for other classes or images than those of `source`, models.LogitsError if its logits
+    for the first of `images` are not finite."""
     network, meta = checkpoint.load(path, stem=stem)
     if note := checkpoint.pop_ignored_(meta, path):
         record.warn(note)
@@ -476,10 +477,11 @@ def check_given(
                 f"{shown(there[key])}"
             )
     if "image_size" not in meta and runtime.rank() == 0:
-        hint = " (if it has a max-pool: export.py --stem 2 --bits 16 writes it so)"
+        way = "give" if stage == "student" else "first write it with export.py --bits 16 and"
+        hint = f" (if it has a max-pool, {way} --stem 2)" if meta["stem"] == 1 else ""
         print(
             f"train.py: {path} does not say its classes and images: taken to be those of "
-            f"{source.path}; stem {meta['stem']}{hint if meta['stem'] == 1 else ''}",
+            f"{source.path}; stem {meta['stem']}{hint}",
             file=sys.stderr,
         )
     models.check_finite(models.infer(network, images[:1]), f"--{stage} {path}")
@@ -487,7 +489,7 @@ def check_given(
 
 
 def command(args: argparse.Namespace, length: float) -> str:
-    """The command line without seed and place, the same on every device; for records."""
+    """The command line without seed and place, the same on every device; `length`: of --length."""
     budgets = sorted(args.budget or [], reverse=True) or None
     flags = vars(args) | {"length": None if length == 1 else length, "budget": budgets}
     words = ["train.py"]
@@ -506,8 +508,9 @@ def command(args: argparse.Namespace, length: float) -> str:
 def default_name(args: argparse.Namespace, source: data.Source) -> str:
     """The folder of a run whose --name is not given: its flags, as `command` has them."""
     own = source.path.resolve().name if source.name == "folder" else ""
-    words = "" if args.quick else "resnet18", own, *command(args, args.length or 1).split()[1:]
-    name = re.sub(r"(\.\.+|[^\w.])+", "-", " ".join(words).replace(".pth", "")).strip("-.")
+    flags = command(args, args.length or 1).removeprefix("train.py").replace(".pth", "")
+    words = f"{'' if args.quick else 'resnet18'} {own} {flags}"
+    name = re.sub(r"(\.\.+|[^\w.])+", "-", words).strip("-.")
     return f"{name[:100]}-seed{args.seed}"  # file systems allow 255 bytes
 
 

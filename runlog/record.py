@@ -260,7 +260,10 @@ def recorded_accuracy(command: str) -> str:
 
 
 def shown_path(path: str | Path) -> str:
-    """A file of --teacher or --student, from the project's folder; elsewhere .../ and its name."""
+    """A given file's path in records: from the project's folder; of one outside, .../ and its name.
+
+    So that records name no places of a machine, and no file is taken for the project's own.
+    """
     path = Path(path).resolve()
     return str(path.relative_to(HERE)) if HERE in path.parents else f".../{path.name}"
 

@@ -441,14 +441,19 @@ def test_what_is_transparent_is_black_also_if_all_is_inverted(tmp_path, shipped_
     assert results[0] == results[1]
 
 
-def test_what_is_transparent_is_black_in_a_folder_test_as_well(folder, tmp_path, monkeypatch):
-    """With --invert: white before, as in IMAGES."""
-    for path in (folder / "test").rglob("*.png"):
-        Image.new("RGBA", (28, 28)).save(path)
-    source = data.find(folder)
-    for background in (0, 255):
-        (_, images, _) = next(predict.test_images(source, background))
-        assert images.unique().tolist() == [background]
+def test_what_is_transparent_is_black_in_a_folder_test_as_well(folder, tmp_path, narrow):
+    weights = weights_for(tmp_path / "w.pth", data.find(folder).classes)
+    flags = ["-w", str(weights), "-o", str(tmp_path / "out.csv"), "--probs", "--data", str(folder)]
+    results = []
+    for image, more in (
+        (Image.new("RGBA", (28, 28)), ["--invert"]),
+        (Image.new("L", (28, 28)), []),
+    ):
+        for path in (folder / "test").rglob("*.png"):
+            image.save(path)
+        assert predict.main([*flags, *more]) == 0
+        results.append((tmp_path / "out.csv").read_text())
+    assert results[0] == results[1]
 
 
 def test_a_palette_with_alpha_is_black_where_it_is_transparent():

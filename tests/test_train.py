@@ -539,7 +539,9 @@ def test_a_teacher_that_does_not_say_its_stem_may_have_a_max_pool(tiny, tmp_path
     path = tmp_path / "t.pth"
     torch.save(models.build("resnet18", 10, stem=2).state_dict(), path)
     assert train.main([*tiny, "--teacher", str(path)]) == 0
-    assert "; stem 1 (if it has a max-pool: export.py --stem 2" in capsys.readouterr().err
+    assert (
+        "; stem 1 (if it has a max-pool, first write it with export.py" in capsys.readouterr().err
+    )
     assert export.main(["-w", str(path), "--stem", "2", "--bits", "16"]) == 0
     assert checkpoint.load(tmp_path / "t-16bit.pth")[1]["stem"] == 2
 
@@ -587,6 +589,7 @@ def test_runs_that_differ_have_names_that_differ(tmp_path):
     assert name("--budget", "2", "3") == name("--budget", "3", "2")  # is the same run
     assert name("--quick", "--stem", "2") == "quick-stem-2-seed0"
     assert name("--stem", "1", "--teacher", "none") == "resnet18-stem-1-teacher-none-seed0"
+    assert name("--teacher", str(tmp_path.with_name("t.pth"))).endswith("-t-seed0")
     assert name("--seed", "0", "--device", "cpu") == names[0] == name("--length", "1")
     assert all("/" not in name and len(name) < 200 for name in names)
 
