@@ -112,8 +112,8 @@ def find(
 ) -> Source:
     """The data set `dataset`, or the image folder `folder` if it has a folder of SPLITS.
 
-    Fashion-MNIST: in `folder`, else Debian's, else downloaded. Images are resized to `image_size`
-    pixels a side (default: their own size; 28 for an image folder). Raises DataError.
+    Fashion-MNIST: in `folder`, if it is given, else Debian's or downloaded. Images are resized to
+    `image_size` pixels a side (default: their own size; 28 for an image folder). Raises DataError.
     """
     check_image_size(image_size)
     if folder is not None and (splits := _splits(Path(folder))):

@@ -485,7 +485,9 @@ class Progress:
     def load_state_dict(self, state: dict) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.losses.copy_(state["losses"])
-        self.accuracy.load_state_dict(state["accuracy"])
+        if runtime.rank() == 0:  # its counts are summed over all processes
+            self.accuracy.load_state_dict(state["accuracy"])
+            self.accuracy.to(self.losses.device)  # torchmetrics takes the tensors that it is given
 
     def result(self) -> tuple[Tensor, float]:
         """Losses of all steps (steps,), on the CPU, and accuracy, over all processes."""

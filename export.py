@@ -359,7 +359,8 @@ def main(argv: list[str] | None = None) -> int:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder of the data set whose test images check the export",
+        help="folder of the data set whose test images check the export (default: found or "
+        "downloaded; random images for weights of own images)",
     )
     checkpoint.add_image_flags(parser)
     args = parser.parse_args(argv)

@@ -61,15 +61,15 @@ def choose_device(wanted: str) -> torch.device:
     """The device by its name, or for "auto" the best there is. Raises DeviceError if missing."""
     there = {
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
+        "mps": torch.backends.mps.is_available() and runtime.world_size() == 1,
         "cpu": True,
     }
     if wanted == "auto":
         wanted = next(name for name in there if there[name])
     if not there[wanted]:
         raise DeviceError(
-            f"--device {wanted}: PyTorch finds none on this machine; leave --device out to use the "
-            "best there is"
+            f"--device {wanted}: PyTorch finds none on this machine, or none for several "
+            "processes; leave --device out to use the best there is"
         )
     torch.backends.cudnn.benchmark = True  # nearly all batches have one shape
     torch.backends.cudnn.allow_tf32 = False  # what is not in bf16 is to be as on the CPU
@@ -94,7 +94,8 @@ def peak_memory_mb(device: torch.device) -> int | None:
 
 
 def bf16_is_faster(device: torch.device) -> bool:
-    """Whether the device multiplies matrices clearly faster in bf16 than in fp32 (measured)."""
+    """Whether to compute in bf16: on a CPU if its matrix products are clearly faster (measured), on
+    a GPU if CUDA supports it."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 

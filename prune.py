@@ -109,7 +109,7 @@ def path_gradients(
     parameters = weights(paths)
     with torch.no_grad():
         for name, weight in parameters.items():
-            weight.copy_(values[name])
+            weight.copy_(values[name].to(device))  # no other type on the way: MPS has no float64
     image = torch.ones(1, 3, image_size, image_size, dtype=torch.double, device=device)
     if grey:
         image[:, 1:] = 0  # see `merge_grey_input_`

@@ -121,7 +121,7 @@ def _open_streams() -> None:
                 os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
             mode = "w" if number else "r"
             setattr(sys, name, open(os.devnull, mode, errors="backslashreplace"))  # noqa: SIM115
-        elif number:
+        elif number and hasattr(stream, "buffer"):  # notebooks and IDLE have streams of their own
             raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
             lines = stream.line_buffering or stream.write_through
             buffer = io.BufferedWriter(_Lossy(raw))
@@ -158,6 +158,7 @@ def run(main: Callable[[], int]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _open_streams()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no advice on its cache folder
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's shell names one that may not be installed
     tqdm.monitor_interval = 0  # no thread that watches the bars
     np.finfo(np.float64)  # before denormal numbers are off: older NumPys warn of their absence
     torch.set_flush_denormal(True)  # they are ten times slower on a CPU
@@ -254,9 +255,12 @@ def process_group(device: str) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes are here. Exits with 2 if one has ended, which has said why."""
     if world_size() > 1:
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:
+            raise SystemExit(2) from None
 
 
 def world_size() -> int:

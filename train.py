@@ -89,18 +89,19 @@ TOLERANCE = 0.01  # validation accuracies that differ by less than this are equa
 def stages_of(settings: dict, largest: int) -> list[Stage]:
     """The stages of a run whose student has `largest` reachable parameters, in order."""
     trainings = {name: Training(**settings[name]) for name in STAGES}
-    _, *teacher = next(row for row in TEACHERS if settings["image_size"] <= row[0])
     student = "resnet18", settings["stem"], settings["width"]
     stages = []
     if settings["teacher_from"] == "trained":
         stages.append(
-            Stage("teacher", "resnet50", *teacher, trainings["teacher"], 0, "teacher.pth")
+            Stage(
+                "teacher", "resnet50", *settings["resnet50"], trainings["teacher"], 0, "teacher.pth"
+            )
         )
     if settings["student_from"] == "trained":
         stages.append(Stage("student", *student, trainings["student"], 1, "student.pth"))
     training, budgets, start = trainings["pruned"], settings["budgets"], largest
     for n, budget in enumerate(budgets):
-        steps = max(1, round(training.epochs * PRUNE_FRACTION))
+        steps = max(1, round(training.epochs * settings["prune_fraction"]))
         steps = 1 if start == budget else steps  # a given network of this size is fine-tuned
         schedule = tuple(prune.geometric_schedule(start, budget, steps))
         file = "pruned_resnet18.pth" if n == len(budgets) - 1 else f"pruned_resnet18-{budget}.pth"
@@ -256,7 +257,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--width", type=float, metavar="F",
         help="fraction of the student's channels (default: 1; a quarter with --stem 1; at most a "
-        "half with --quick)",
+        "half with --quick; 1 with --imagenet)",
     )  # fmt: skip
     add(
         "--teacher", nargs="+", metavar="FILE",
@@ -286,7 +287,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--full-train", action="store_true", help="train on all images, without validation")
     add = parser.add_argument_group("run").add_argument
-    add("--name", help="its folder in runs/ (default: from the flags, such as resnet18-seed0)")
+    add("--name", help="of the folder in runs/ (default: from the flags, such as resnet18-seed0)")
     add("--device", choices=models.DEVICES, default="auto", help="default: auto, the best there is")
     return parser.parse_args(argv)
 
@@ -362,6 +363,8 @@ def check(
 
     `images`: those to train on. Raises UsageError, or whatever else is wrong, before hours of work.
     """
+    if len(source.classes) > checkpoint.MAX_CLASSES:
+        raise UsageError(f"{source.path}: more than {checkpoint.MAX_CLASSES:,} classes")
     if data.has_split(source, "test"):
         data.load(source, "test")
     teachers = [] if args.teacher in (None, ["none"]) else args.teacher
@@ -437,6 +440,8 @@ def chain_settings(
         "width": 1.0 if whole else args.width or min(chain.width, WIDTH[stem]),
         "budgets": [] if args.no_prune else sorted(args.budget or [100_000], reverse=True),
         "seed": args.seed,
+        "prune_fraction": PRUNE_FRACTION,
+        "resnet50": next(row[1:] for row in TEACHERS if source.image_size <= row[0]),
         "teacher_from": teacher_from,
         "student_from": "given" if args.student else "trained",
         "imagenet": args.imagenet,

@@ -32,8 +32,8 @@ def trim_(model: nn.Module, image_size: int) -> nn.Module:
     """Remove, in place, kernel positions that see only padding; `untrimmed` restores the shapes.
 
     For images of `image_size` pixels a side. A convolution with one output position becomes a
-    smaller one without padding: at 28x28, layer4's 3x3 kernels become 2x2 and 1x1. They are 62 % of
-    ResNet18's weights, which no step has to clip, update or mask any more.
+    smaller one without padding: at 28x28, layer4's 3x3 kernels become 2x2 and 1x1. What is removed
+    is 62 % of ResNet18's weights, which no step has to clip, update or mask any more.
     """
     sizes = layers.map_sizes(model, image_size)
     for layer in layers.layers(model):
@@ -113,7 +113,7 @@ def _keep_channels_(module: nn.Module, dim: int, kept: Tensor) -> None:
     _each_tensor_(module, dim, lambda name, tensor: tensor[(slice(None),) * dim + (kept,)])
     before = getattr(module, "kept_channels", {})
     if dim in before:  # removed channels are in neither mask
-        kept = before[dim].masked_scatter(before[dim], kept)
+        kept = before[dim].masked_scatter(before[dim], kept.to(before[dim].device))
     module.kept_channels = {**before, dim: kept}
 
 

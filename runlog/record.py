@@ -279,12 +279,15 @@ def to_csv(rows: list[dict]) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, "+" behind it if files differ from it; "" outside of git."""
+    """The commit of this checkout, "+" behind it if files differ from it; "" outside of git, or if
+    the repository around this folder does not have it."""
 
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
 
     try:
+        if git("ls-files", "--error-unmatch", "train.py").returncode:
+            return ""
         name = git("describe", "--always", "--exclude=*").stdout.strip()
         differs = git("diff", "--quiet", "HEAD").returncode
     except OSError:

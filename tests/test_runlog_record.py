@@ -25,6 +25,10 @@ def test_the_commit_has_a_plus_if_files_differ(tmp_path, monkeypatch):
     assert clean and not clean.endswith("+")
     (tmp_path / "train.py").write_text("changed")
     assert record.commit() == f"{clean}+"
+    inside = tmp_path / "unpacked"  # somewhere in another project's repository
+    inside.mkdir()
+    monkeypatch.setattr(record, "HERE", inside)
+    assert record.commit() == ""
 
 
 def test_the_commit_of_a_run_is_that_of_the_code_that_runs(tmp_path, monkeypatch):
