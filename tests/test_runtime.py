@@ -162,3 +162,17 @@ def test_denormal_numbers_are_off_without_a_word():
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "64 0.0\n", "")
+
+
+def test_in_a_notebook_scripts_print_and_draw():
+    """Its streams have no bytes below, and its shell names a backend that our environment lacks."""
+    said = SAID.format("(import_module('matplotlib.pyplot'), print('drawn'), 5)[2]")
+    stream = "class Cell(io.StringIO):\n buffer = property()\nsys.stdout = Cell()\n"
+    end = "\nfinally: print(sys.stdout.getvalue(), file=sys.__stdout__)"
+    code = f"import io, sys\nfrom importlib import import_module\n{stream}try:\n "
+    code += said.replace("\n", "\n ") + end
+    env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (5, "drawn\n\n", "")
