@@ -1,9 +1,9 @@
 """A pruned network as a list of sparse products: `inference.py` compiles it, `c_source.py` writes
 it as C.
 
-Each convolution is one loop over its non-zero weights, output channel by output channel: each
-weight adds its multiple of a shifted input feature map. BatchNorm is folded in, kernel positions
-that see only padding are left out, identical input channels are merged.
+Each convolution is a loop over its non-zero weights, output channel by output channel (README.md
+has the loops around it): each weight adds its multiple of a shifted input feature map. BatchNorm is
+folded in, kernel positions that see only padding are left out, identical input channels are merged.
 """
 
 import copy
