@@ -35,7 +35,6 @@ import re
 import shutil
 import stat
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -218,8 +217,9 @@ def check_output(path: Path, *others: Path) -> None:
         else:
             if not target.parent.is_dir():
                 raise OSError(0, f"there is no folder {target.parent}")
-            with tempfile.TemporaryFile(dir=target.parent):
-                pass
+            probe = target.with_name(f".{target.name[:40]}.{os.getpid()}")
+            probe.open("wb").close()  # tempfile tries for ever where Windows refuses
+            probe.unlink()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
     there = path.exists()

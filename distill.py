@@ -309,7 +309,8 @@ class TrainState:
         model = rewrite.trim_channels_(rewrite.trim_(model, context.image_size))
         self.left_out = fixed - prune.count_fixed(model)  # parameters that count all the same
         model = rewrite.use_matmul_convs_(model)
-        self.model = model.to(context.device, memory_format=torch.channels_last)
+        layout = models.memory_format(context.device)
+        self.model = model.to(context.device, memory_format=layout)
         self.trained = self.model
         if runtime.world_size() > 1:
             runtime.synchronize_batchnorm_(self.model)

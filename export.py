@@ -238,7 +238,8 @@ class CLibrary:
 
     def __init__(self, text: str, name: str, classes: int):
         self.classes = classes
-        with tempfile.TemporaryDirectory() as folder:
+        # Windows keeps a library that is loaded.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             source, library = Path(folder) / f"{name}.c", Path(folder) / f"{name}.so"
             source.write_text(text)
             command = [*compiler(), "-O3", "-shared", "-fPIC", str(source), "-o", str(library)]

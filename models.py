@@ -60,7 +60,7 @@ class LogitsError(runtime.UserError):
 def choose_device(wanted: str) -> torch.device:
     """The device by its name, or for "auto" the best there is. Raises DeviceError if missing."""
     there = {
-        "cuda": torch.cuda.is_available(),
+        "cuda": _cuda_works(),
         "mps": torch.backends.mps.is_available() and runtime.world_size() == 1,
         "cpu": True,
     }
@@ -68,12 +68,29 @@ def choose_device(wanted: str) -> torch.device:
         wanted = next(name for name in there if there[name])
     if not there[wanted]:
         raise DeviceError(
-            f"--device {wanted}: PyTorch finds none on this machine, or none for several "
-            "processes; leave --device out to use the best there is"
+            f"--device {wanted}: PyTorch finds none that works on this machine, or none for "
+            "several processes; leave --device out to use the best there is"
         )
     torch.backends.cudnn.benchmark = True  # nearly all batches have one shape
     torch.backends.cudnn.allow_tf32 = False  # what is not in bf16 is to be as on the CPU
     return torch.device(wanted)
+
+
+def _cuda_works() -> bool:
+    """PyTorch's packages have no kernels for old GPUs, and others may have used up its memory."""
+    try:
+        return torch.cuda.is_available() and bool(torch.ones(1, device="cuda").add(1).item())
+    except RuntimeError:
+        return False
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Of feature maps, and of the weights of networks in training.
+
+    With channels_last, gradients of BatchNorm and max-pooling are wrong on MPS (pytorch issues
+    175189, 175190).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def device_name(device: torch.device) -> str:
@@ -138,7 +155,7 @@ def build(arch: str, num_classes: int, imagenet: bool = False, stem: int = 4) ->
 
 
 def normalize(images: Tensor) -> Tensor:
-    """The networks' input: in [-1, 1] (mean 0.5, std 0.5), three channels, channels_last.
+    """The networks' input: in [-1, 1] (mean 0.5, std 0.5), three channels, in `memory_format`.
 
     `images`: (N, H, W) gray or (N, 3, H, W) color, any dtype, in 0..255.
     Returns float32 (N, 3, H, W); gray images become three equal channels.
@@ -146,7 +163,7 @@ def normalize(images: Tensor) -> Tensor:
     if images.dim() == 3:
         images = images.unsqueeze(1)
     images = (images.float() / 127.5 - 1).expand(-1, 3, -1, -1)
-    return images.contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=memory_format(images.device))
 
 
 @torch.inference_mode()

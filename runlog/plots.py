@@ -36,7 +36,7 @@ def curves(metrics: Path) -> bytes:
         for _, part in rows.groupby(["stage", "round"], sort=False):  # a line for each network
             top.plot(part.index + 1, 100 * part[column], color=color, label=label)
             label = None
-    seen = rows[["train_accuracy", "val_accuracy", "val_accuracy_average"]].stack()
+    seen = pd.concat(rows[c] for c in ("train_accuracy", "val_accuracy", "val_accuracy_average"))
     top.set_ylim(100 * max(0, seen.quantile(0.1) - 0.03), 100 * min(1, seen.max() + 0.01))
     top.set_ylabel("accuracy, %")
     figure.legend(loc="outside lower center", ncols=3)

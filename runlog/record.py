@@ -114,6 +114,8 @@ class Run:
                 f"the run was begun with another device or number of threads ({changes}): its "
                 "weights will differ from those of a run that was never stopped"
             )
+        elif "stages" not in known and known.get("bf16") and not bf16:
+            warn("the run was begun in bf16, which is slow on this machine; --name starts another")
         return known
 
     def _read_state(self) -> dict:
@@ -265,7 +267,7 @@ def shown_path(path: str | Path) -> str:
     So that records name no places of a machine, and no file is taken for the project's own.
     """
     path = Path(path).resolve()
-    return str(path.relative_to(HERE)) if HERE in path.parents else f".../{path.name}"
+    return path.relative_to(HERE).as_posix() if HERE in path.parents else f".../{path.name}"
 
 
 def to_csv(rows: list[dict]) -> str:

@@ -60,7 +60,9 @@ def write_report(
             row["val_balanced"] = balanced(val_logits, val[1])
         rows.append(row)
     size = source.image_size
-    summary = torchinfo.summary(prune.with_masks(model.cpu()), (1, 3, size, size), verbose=0)
+    # Without a device torchinfo moves it to a GPU, whatever --device says.
+    masked, shape = prune.with_masks(model.cpu()), (1, 3, size, size)
+    summary = torchinfo.summary(masked, shape, device="cpu", verbose=0)
     checkpoint.write(run.folder / "summary.txt", f"{summary}\n")
     run.add(
         {

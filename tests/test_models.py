@@ -53,6 +53,22 @@ def test_unknown_architectures_and_absent_devices_are_refused(monkeypatch):
     assert models.choose_device("cpu").type == "cpu"
 
 
+def test_a_gpu_on_which_nothing_runs_is_not_chosen(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert models.choose_device("auto").type != "cuda"
+    with pytest.raises(models.DeviceError, match="--device cuda"):
+        models.choose_device("cuda")
+
+
+@pytest.mark.parametrize(("device", "last"), [("cpu", True), ("cuda", True), ("mps", False)])
+def test_gradients_on_mps_need_another_memory_format(device, last):
+    assert (models.memory_format(torch.device(device)) == torch.channels_last) == last
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_gpu_computes_what_the_cpu_computes(resnet18):
     images = torch.randint(256, (16, 28, 28), dtype=torch.uint8)

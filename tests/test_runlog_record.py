@@ -61,6 +61,18 @@ def test_what_a_process_that_was_killed_had_half_written_goes(tmp_path):
     assert not half.exists() and other.exists()
 
 
+def test_a_machine_that_computes_otherwise_is_said_so(tmp_path, capsys):
+    for machine, bf16, said in (
+        ({"threads": 2}, True, ""),
+        ({"threads": 2}, True, ""),
+        ({"threads": 2}, False, "begun in bf16, which is slow on this machine"),
+        ({"threads": 1}, False, "another device or number of threads (threads: 2, now 1)"),
+    ):
+        record.Run(tmp_path, SETTINGS, {}, "train.py", machine, bf16)
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == bool(said)
+
+
 def test_weights_without_a_record_are_not_taken_for_results(tmp_path):
     (tmp_path / "pruned_resnet18.pth").write_bytes(b"of another run")
     with pytest.raises(record.UsageError, match=r"has weights files, but no run\.json"):
