@@ -191,7 +191,7 @@ def test_a_temporary_folder_that_does_not_serve_stops_no_c_file(
 ):
     """As with noexec, or on a read-only file system."""
 
-    def refuse(*args):
+    def refuse(*args, **kwargs):
         raise OSError("failed to map segment from shared object")
 
     monkeypatch.setattr(owner, name, refuse)
