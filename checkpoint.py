@@ -108,6 +108,11 @@ def _target(path: Path) -> Path | None:
     return None if is_stdout(path) or (target.exists() and not target.is_file()) else target
 
 
+def _scratch(target: Path) -> Path:
+    """Where `writing` writes what becomes `target`."""
+    return target.with_name(f".{target.name[:40]}.{os.getpid()}")
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; it becomes `path` at the end, or, on an error, leaves no trace.
@@ -126,7 +131,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         elif target is None:
             file = path.open("wb")
         else:
-            scratch = target.with_name(f".{target.name[:40]}.{os.getpid()}")
+            scratch = _scratch(target)
             try:
                 file = scratch.open("wb")
                 _copy_rights(target, scratch)
@@ -217,9 +222,8 @@ def check_output(path: Path, *others: Path) -> None:
         else:
             if not target.parent.is_dir():
                 raise OSError(0, f"there is no folder {target.parent}")
-            probe = target.with_name(f".{target.name[:40]}.{os.getpid()}")
-            probe.open("wb").close()  # tempfile tries for ever where Windows refuses
-            probe.unlink()
+            _scratch(target).open("wb").close()  # tempfile tries for ever where Windows refuses
+            _scratch(target).unlink()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
     there = path.exists()

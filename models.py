@@ -60,13 +60,13 @@ class LogitsError(runtime.UserError):
 def choose_device(wanted: str) -> torch.device:
     """The device by its name, or for "auto" the best there is. Raises DeviceError if missing."""
     there = {
-        "cuda": _cuda_works(),
-        "mps": torch.backends.mps.is_available() and runtime.world_size() == 1,
-        "cpu": True,
+        "cuda": _cuda_works,  # called only if it matters: it takes memory of the GPU
+        "mps": lambda: torch.backends.mps.is_available() and runtime.world_size() == 1,
+        "cpu": lambda: True,
     }
     if wanted == "auto":
-        wanted = next(name for name in there if there[name])
-    if not there[wanted]:
+        wanted = next(name for name in there if there[name]())
+    elif not there[wanted]():
         raise DeviceError(
             f"--device {wanted}: PyTorch finds none that works on this machine, or none for "
             "several processes; leave --device out to use the best there is"
@@ -77,7 +77,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def _cuda_works() -> bool:
-    """PyTorch's packages have no kernels for old GPUs, and others may have used up its memory."""
+    """Whether anything can be computed there: PyTorch's packages have no kernels for old GPUs, and
+    other processes may have used up the memory."""
     try:
         return torch.cuda.is_available() and bool(torch.ones(1, device="cuda").add(1).item())
     except RuntimeError:

@@ -315,6 +315,17 @@ def test_batches_that_come_again_ask_the_teacher_once_and_train_the_same(tiny, t
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_on_mps_images_and_networks_are_not_in_channels_last(monkeypatch):
+    """Its gradients are wrong there."""
+    known = models.memory_format
+    assert known(torch.device("cpu")) == torch.channels_last
+    monkeypatch.setattr(models, "memory_format", lambda _: known(torch.device("mps")))
+    images = models.normalize(torch.zeros(2, 28, 28))
+    state = distill.TrainState(models.build("resnet18", 10), distill.Training(1), CONTEXT)
+    for tensor in (images, *prune.weights(state.model).values()):
+        assert tensor.is_contiguous()
+
+
 def test_cross_entropy_of_the_teacher_uses_the_mixed_targets():
     stage = distill.Training(1)
     torch.manual_seed(0)
