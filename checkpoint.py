@@ -448,6 +448,8 @@ def load(
         raise CheckpointError(
             f"{path}: has {parameters:,} parameters, more than its budget of {meta['budget']:,}"
         )
+    if "image_size" in meta:
+        model.image_size = meta["image_size"]  # which `models.infer` checks
     return model.to(device).eval(), meta
 
 

@@ -202,7 +202,7 @@ def _find_torchvision(dataset: str, path: Path, train: bool):
         with _fetching():
             with contextlib.suppress(Exception):  # another process has fetched it meanwhile
                 return kind(path, train, download=False)
-            shutil.rmtree(path / TORCHVISION[dataset], ignore_errors=True)
+            _remove_damaged(path / TORCHVISION[dataset] / "raw")
             return kind(path, train, download=True)
     except Exception as error:  # torchvision lets out whatever stops it
         for empty in (path / TORCHVISION[dataset] / "raw", path / TORCHVISION[dataset]):
@@ -218,10 +218,18 @@ def _find_torchvision(dataset: str, path: Path, train: bool):
 def _fetching() -> contextlib.AbstractContextManager:
     """Held by the one process that may change CACHE_DIR; others wait.
 
-    Whoever holds it and finds an incomplete data set may delete it: nobody else is downloading.
+    Whoever holds it and finds a damaged file may delete it: nobody else is downloading.
     """
     CACHE_DIR.mkdir(parents=True, exist_ok=True)
     return runtime.lock(CACHE_DIR.with_name(f".{CACHE_DIR.name}.lock"), wait=True)
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Delete the IDX files in `folder` that are cut off: torchvision keeps them if it has all."""
+    for name in FILES:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file() and not _is_complete(path):
+                path.unlink()
 
 
 def _find_fashion_mnist(folder: str | Path | None) -> Path:
@@ -242,8 +250,7 @@ def _find_fashion_mnist(folder: str | Path | None) -> Path:
                     reasons.append(" ".join(str(error).split())[:200])
                 if found := _find_complete():
                     return found
-                for half in (CACHE_DIR / "FashionMNIST", DEBIAN_CACHE):
-                    shutil.rmtree(half, ignore_errors=True)
+                _remove_damaged(CACHE_DIR / "FashionMNIST" / "raw")
     except OSError as error:
         reasons.append(str(error))
     raise DataError(
@@ -333,6 +340,7 @@ def _fetch_debian() -> None:
                 raise OSError(f"apt-get {command[0]} failed: {done.stderr}")
         (package,) = scratch.glob(f"{DEBIAN_PACKAGE}_*.deb")
         subprocess.run(["dpkg-deb", "-x", package, scratch / "tree"], check=True)
+        shutil.rmtree(DEBIAN_CACHE, ignore_errors=True)  # incomplete, or it would be in use
         shutil.move(scratch / "tree" / DEBIAN_DIR.relative_to("/"), DEBIAN_CACHE)
 
 

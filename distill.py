@@ -36,6 +36,7 @@ EMA_HORIZON = 0.03  # fraction of a training's steps over which the EMA of the w
 EMA_UPDATES = 10  # updates of the EMA within its horizon
 MIN_STEPS = 16  # of a pass over the images: with fewer, batches are halved, ...
 MIN_BATCH_SIZE = 32  # ... down to this size
+CACHE_BYTES = 2**31  # of teacher logits, which other batches get anew
 BN_BATCHES = 8  # batches for BatchNorm recalibration after a pruning step
 
 
@@ -184,7 +185,7 @@ class Teacher:
         if batch is not None and batch in self.cache:
             return self.cache[batch]
         logits = self.forward(images)
-        if batch is not None:
+        if batch is not None and len(self.cache) * logits.nbytes < CACHE_BYTES:
             self.cache[batch] = logits.clone()
         return logits
 

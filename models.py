@@ -175,9 +175,15 @@ def infer(
 
     `batch_size`: by default 250, fewer for images of more than 64 pixels a side, because of the
     memory of the feature maps. `tta` averages the logits of each image and its mirror image. The
-    model's dtype decides the precision; reported accuracies are from fp32 weights.
+    model's dtype decides the precision; reported accuracies are from fp32 weights. Raises
+    ValueError for images of another size than those of the weights file that `model` is from.
     """
     model.eval()
+    here, needed = images_u8.shape[-1], getattr(model, "image_size", images_u8.shape[-1])
+    if here != needed:
+        raise ValueError(
+            f"images of {here} pixels a side for a network trained on {needed}; see data.resize"
+        )
     if batch_size is None:
         batch_size = max(1, min(250, 250 * 64 * 64 // (images_u8.shape[-1] * images_u8.shape[-2])))
     parameter = next(model.parameters())

@@ -45,7 +45,7 @@ except ImportError:  # Windows has none
     fcntl = None
 
 
-OUT_OF_MEMORY = "out of memory; smaller images or batches need less"
+OUT_OF_MEMORY = "out of memory; smaller images need less"
 
 
 class UserError(Exception):
@@ -255,12 +255,12 @@ def process_group(device: str) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait until all processes are here. Exits with 2 if one has ended, which has said why."""
+    """Wait until all processes are here. Raises ParallelError if one has ended."""
     if world_size() > 1:
         try:
             dist.barrier()
-        except RuntimeError:
-            raise SystemExit(2) from None
+        except RuntimeError as error:
+            raise ParallelError(f"cannot reach the other processes ({error})") from None
 
 
 def world_size() -> int:

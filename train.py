@@ -280,7 +280,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "DIR/train/<class>/*.png, optional val/ and test/",
     )  # fmt: skip
     add("--dataset", choices=data.DATASETS, default=data.DATASETS[0], help="default: fashion-mnist")
-    add("--image-size", type=int, metavar="N", help="pixels a side (default for own images: 28)")
+    add("--image-size", type=int, metavar="N", help="resize to N x N pixels (own images: 28)")
     add(
         "--no-flip", action="store_true",
         help="never mirror images: for letters, digits, arrows, left and right (mnist and kmnist "
@@ -479,7 +479,7 @@ def check_given(
         if meta.get(key, there[key]) != there[key]:
             raise UsageError(
                 f"--{stage} {path}: was trained for {shown(meta[key])}, but {source.path} has "
-                f"{shown(there[key])}"
+                f"{shown(there[key])}" + "; --image-size resizes them" * (key == "image_size")
             )
     if "image_size" not in meta and runtime.rank() == 0:
         way = "give" if stage == "student" else "first write it with export.py --bits 16 and"

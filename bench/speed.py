@@ -319,7 +319,7 @@ def usual_loop(
 def measure_bits(args: argparse.Namespace, device: torch.device) -> dict:
     """Quantized weights: size of the file, predictions that change, test accuracy."""
     model, meta = checkpoint.load(args.weights)
-    images_u8, labels = data.load(data.find(args.data), "test")
+    images_u8, labels = data.load(data.find_for_weights(args.weights, meta, args.data), "test")
     rows, expected = {}, models.infer(model, images_u8).argmax(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantized.pth"
@@ -340,7 +340,7 @@ def measure_export(args: argparse.Namespace, device: torch.device) -> dict:
     """Each way to run the network elsewhere, in one thread: kB, equal predictions, images/s."""
     torch.set_num_threads(1)
     model, meta = checkpoint.load(args.weights)
-    images_u8, _ = data.load(data.find(args.data), "test")
+    images_u8, _ = data.load(data.find_for_weights(args.weights, meta, args.data), "test")
     expected, size = models.infer(model, images_u8).argmax(1), meta["image_size"]
     runs, rows = {}, {}
 
@@ -383,8 +383,8 @@ def measure_start(args: argparse.Namespace, device: torch.device) -> dict:
     """Seconds of whole processes."""
     first = (
         "import torch, checkpoint; from engine import inference; "
-        f"model, _ = checkpoint.load({str(args.weights)!r}); "
-        "inference.SparseResNet(model, 28)(torch.zeros(1, 3, 28, 28))"
+        f"model, meta = checkpoint.load({str(args.weights)!r}); size = meta['image_size']; "
+        "inference.SparseResNet(model, size)(torch.zeros(1, 3, size, size))"
     )
     folder = data.find(args.data).path
     with tempfile.TemporaryDirectory() as scratch:

@@ -53,7 +53,7 @@ def row_of(weights: Path) -> pd.Series:
     """The row of results.csv that a weights file comes from."""
     meta, rows = checkpoint.load(weights)[1], results()
     same = (rows.stem == meta["stem"]) & (rows.seed == meta["seed"])
-    same &= rows.pruned_val == round(meta["val_accuracy"], 4)
+    same &= (rows.pruned_val == round(meta["val_accuracy"], 4)) & (rows.commit == meta["commit"])
     (row,) = rows[same].iloc
     return row
 
@@ -198,13 +198,15 @@ def fill(text: str, content: dict[str, str]) -> str:
 
 
 def add(path: Path) -> None:
-    """Add to results.csv the rows of `path` that it lacks. Runs on all images stay out: they have
-    no validation accuracy. Raises OSError, ValueError or KeyError."""
+    """Add to results.csv the rows of `path` that it lacks: one of each command, seed, size and
+    device, the first. Runs on all images stay out: they have no validation accuracy. Raises
+    OSError, ValueError or KeyError."""
     read = functools.partial(pd.read_csv, dtype=str, keep_default_na=False)  # as it is written
     rows, new = read(RESULTS), read(path)
     measured = new["pruned_val"].where(new["pruned_test"] != "", new["student_val"])
     new = new[rows.columns][measured != ""]
-    checkpoint.write(RESULTS, pd.concat([rows, new]).drop_duplicates().to_csv(index=False))
+    rows = pd.concat([rows, new]).drop_duplicates(["command", "seed", "parameters", "device"])
+    checkpoint.write(RESULTS, rows.to_csv(index=False))
 
 
 def main(argv: list[str] | None = None) -> int:

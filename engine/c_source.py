@@ -101,11 +101,11 @@ class CSource:
             f"RAM: {self.memory_bytes / 1000:,.0f} kB and some stack.",
             "",
             "To compile it for your program, or as a program that prints the class of each",
-            "image in an IDX file:",
+            f"image in an IDX file of images of {image.size} x {image.size}:",
             "",
             f"    cc -O3 -march=native -c {self.file}",
             f"    cc -O3 -march=native -DCLASSIFY_MAIN {self.file} -o classify",
-            "    ./classify t10k-images-idx3-ubyte",
+            "    ./classify images-idx3-ubyte",
         ]
         return "\n".join(["/*", *(f" * {line}".rstrip() for line in lines), " */"])
 

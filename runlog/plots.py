@@ -75,18 +75,19 @@ def sizes(results: Path, published: Path) -> bytes:
     (published.csv).
 
     A run that kept networks of several sizes is a line. Of the other commands, one is a star (a
-    square, if it did not prune) for each stem and number of parameters: that with most seeds and,
-    of several, the best validation accuracy. It is drawn at the mean over the seeds; a bar goes
-    from the lowest to the highest.
+    square, if it did not prune) for each stem, image size and number of parameters: that with most
+    seeds and, of several, the best validation accuracy. It is drawn at the mean over the seeds; a
+    bar goes from the lowest to the highest.
     """
     rows = pd.read_csv(results)
     rows["accuracy"] = 100 * rows.pruned_test.fillna(rows.student_test)
+    rows["pixels"] = rows.command.str.extract(r"--image-size (\d+)", expand=False).fillna("")
     of_command = rows.groupby(["command", "stem"])
     rows["line"] = of_command.parameters.transform("nunique") > 1
     # Validation accuracies are at most 1, and seeds whole numbers: one number orders by both.
     rows["order"] = rows.pruned_val.fillna(rows.student_val)
     rows["order"] = of_command.order.transform("mean") + of_command.seed.transform("nunique")
-    best = rows[~rows.line].groupby(["stem", "parameters"]).order.transform("max")
+    best = rows[~rows.line].groupby(["stem", "pixels", "parameters"]).order.transform("max")
     rows = rows[rows.line | (rows.order == best.reindex(rows.index))]
     figure, axes = plt.subplots(figsize=(10.5, 6.5), layout="constrained")
     drawn = []
@@ -94,7 +95,9 @@ def sizes(results: Path, published: Path) -> bytes:
         ours = part.groupby("parameters").accuracy.agg(["mean", "min", "max", "count"])
         line, seeds = len(ours) > 1, int(ours["count"].max())
         pruned = part.pruned_test.notna().any()
-        label = f"ours, {'' if pruned else 'unpruned, '}stem of stride {stem}: "
+        size = part.pixels.iloc[0]
+        label = f"ours, {'' if pruned else 'unpruned, '}stem of stride {stem}"
+        label += f", images enlarged to {size} pixels" * bool(size) + ": "
         label += f"{ours['mean'].max():.2f}% at "
         label += f"{ours['mean'].idxmax():,}, {seeds} seed{'s' * (seeds > 1)}"
         label += ", each pruned from the larger one" * line

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_torchvision_downloads_once(archives, nowhere, monkeypatch):
     assert calls == [nowhere]
 
 
-def refuse(root, download):
+def refuse(*args, **kwargs):
     raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
 
@@ -167,10 +168,26 @@ def damage(folder):
 
 @pytest.mark.parametrize("place", ["FashionMNIST/raw", "debian"])
 def test_half_a_download_in_our_cache_is_fetched_again(place, archives, nowhere, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch_from(archives, []))
+    fetch_from(archives, [], monkeypatch)
     shutil.copytree(archives, nowhere / place)
     damage(nowhere / place)
     assert len(data.load(data.find(), "test")[0]) == 40
+
+
+@pytest.mark.parametrize("dataset", ["fashion-mnist", "mnist"])
+def test_whole_files_in_our_cache_outlast_a_failed_download(
+    dataset, archives, nowhere, monkeypatch
+):
+    raw = nowhere / {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[dataset] / "raw"
+    shutil.copytree(archives, raw)
+    damage(raw)
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", refuse)
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    with pytest.raises(data.DataError, match="could not be downloaded"):
+        data.find(dataset=dataset)
+    assert sorted(path.name for path in raw.iterdir()) == sorted(
+        f"{name}.gz" for name in data.FILES if name != "t10k-images-idx3-ubyte"
+    )
 
 
 def test_a_users_damaged_folder_is_not_repaired(archives):
@@ -180,29 +197,25 @@ def test_a_users_damaged_folder_is_not_repaired(archives):
     assert (archives / "t10k-images-idx3-ubyte.gz").stat().st_size == 100
 
 
-def fetch_from(archives, calls):
-    """Like torchvision: fetches nothing if all files are there, and takes its time to write."""
+def fetch_from(archives, calls, monkeypatch):
+    """Let torchvision download from `archives`, which takes a while, and note what it asks for."""
 
-    def fetch(root, download):
-        raw = root / "FashionMNIST" / "raw"
-        if raw.exists():
-            return
-        calls.append(root)
-        raw.mkdir(parents=True)
-        for path in sorted(archives.iterdir()):
-            with (raw / path.name).open("wb") as file:
-                content = path.read_bytes()
-                file.write(content[:100])
-                file.flush()
-                threading.Event().wait(0.1)
-                file.write(content[100:])
+    def fetch(url, download_root, filename, md5):
+        calls.append(filename)
+        content = (archives / filename).read_bytes()
+        with (Path(download_root) / filename).open("wb") as file:
+            file.write(content[:100])
+            file.flush()
+            threading.Event().wait(0.1)
+            file.write(content[100:])
+        (Path(download_root) / filename).with_suffix("").write_bytes(gzip.decompress(content))
 
-    return fetch
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", fetch)
 
 
 def test_who_starts_while_another_fetches_waits_for_it(archives, nowhere, monkeypatch):
     calls, found = [], []
-    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch_from(archives, calls))
+    fetch_from(archives, calls, monkeypatch)
     threads = [
         threading.Thread(target=lambda: found.append(len(data.load(data.find(), "test")[0])))
         for _ in range(3)
@@ -212,28 +225,27 @@ def test_who_starts_while_another_fetches_waits_for_it(archives, nowhere, monkey
         threading.Event().wait(0.15)
     for thread in threads:
         thread.join()
-    assert found == [40] * 3 and len(calls) == 1
+    assert found == [40] * 3 and len(calls) == len(data.FILES)
 
 
-def test_half_an_mnist_in_our_cache_is_fetched_again(nowhere, monkeypatch):
-    class Fake:
-        classes = tuple("0123456789")
-
-        def __init__(self, root, train, download):
-            file = root / "MNIST" / "raw"
-            if download and not file.exists():
-                file.parent.mkdir(parents=True)
-                file.write_text("whole")
-            if not file.exists() or file.read_text() != "whole":
-                raise RuntimeError("truncated")
-            self.data = torch.zeros(5, 28, 28, dtype=torch.uint8)
-            self.targets = torch.arange(5)
-
-    monkeypatch.setattr(torchvision.datasets, "MNIST", Fake)
-    monkeypatch.setitem(data.LABEL_COUNTS, "mnist", ((1,) * 5 + (0,) * 5,) * 2)
-    (nowhere / "MNIST").mkdir(parents=True)
-    (nowhere / "MNIST" / "raw").write_text("half")
-    assert len(data.load(data.find(dataset="mnist"), "test")[0]) == 5
+@pytest.mark.parametrize("packed", [True, False])
+def test_half_an_mnist_in_our_cache_is_fetched_again(packed, archives, nowhere, monkeypatch):
+    """Of unpacked files, torchvision sees only that they are there."""
+    calls, raw = [], nowhere / "MNIST" / "raw"
+    fetch_from(archives, calls, monkeypatch)
+    labels = [data.load(data.find(archives), split)[1] for split in ("train", "test")]
+    counts = tuple(tuple(each.bincount(minlength=10).tolist()) for each in labels)
+    monkeypatch.setitem(data.LABEL_COUNTS, "mnist", counts)
+    monkeypatch.setattr(data, "CONTENT_MD5", {})  # these labels are no Fashion-MNIST here
+    raw.mkdir(parents=True)
+    for path in archives.iterdir():
+        content = path.read_bytes()
+        whole = path.name if packed else path.stem
+        (raw / whole).write_bytes(content if packed else gzip.decompress(content))
+    cut = raw / ("t10k-images-idx3-ubyte.gz" if packed else "t10k-images-idx3-ubyte")
+    cut.write_bytes(cut.read_bytes()[:100])
+    assert len(data.load(data.find(dataset="mnist"), "test")[0]) == 40
+    assert len(calls) == len(data.FILES)
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "kmnist"])

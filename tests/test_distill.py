@@ -347,6 +347,16 @@ def test_several_teachers_answer_with_the_mean_of_their_logits():
     assert teacher.logits(images[:1], batch="again") is teacher.cache["again"]
 
 
+def test_no_more_logits_are_cached_than_memory_is_set_aside_for(monkeypatch):
+    monkeypatch.setattr(distill, "CACHE_BYTES", 2 * 4 * 10 * 4)  # of two batches
+    teacher = distill.Teacher([models.build("resnet18", 10).eval()])
+    images = torch.randn(5, 4, 3, 28, 28)
+    answers = [teacher.logits(images[i], batch=i) for i in range(5)]
+    assert list(teacher.cache) == [0, 1]
+    for i in range(5):
+        assert torch.equal(teacher.logits(images[i], batch=i), answers[i])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_steps_as_a_cuda_graph_are_the_plain_steps(monkeypatch):
     context = distill.Context(torch.device("cuda"), False, 28, True)

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+import checkpoint
+import data
 import models
 
 
@@ -21,6 +23,16 @@ def test_infer_does_not_depend_on_the_batch_size_and_averages_mirror_images(resn
     mirrored = models.infer(resnet18, images.flip(-1))
     both = models.infer(resnet18, images, tta=True)
     torch.testing.assert_close(both, (whole + mirrored) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_infer_refuses_images_of_another_size_than_the_networks(resnet18, tmp_path):
+    meta = {"arch": "resnet18", "num_classes": 10, "image_size": 56}
+    checkpoint.save(tmp_path / "w.pth", resnet18, meta)
+    model, _ = checkpoint.load(tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="28 pixels a side for a network trained on 56"):
+        models.infer(model, torch.zeros(2, 28, 28, dtype=torch.uint8))
+    images = data.resize(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), 56, grey=True)
+    assert models.infer(model, images).shape == (2, 10)
 
 
 def test_accuracy_counts_right_answers():

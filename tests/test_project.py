@@ -95,6 +95,7 @@ def test_rows_that_are_added_are_new_and_have_a_validation_accuracy(tmp_path, mo
     results.write_text(before)
     rows = [
         "a-seed7,train.py,4,7,100000,,,0.9320,0.9300,0.9320,0.9300,9.0,cpu (2 cores),12e4567",
+        "a2-seed7,train.py,4,7,100000,,,0.9320,0.9300,0.9330,0.9310,9.0,cpu (2 cores),12e4568",
         "b-seed8,train.py --full-train,4,8,100000,,,,0.9300,,0.9300,9.0,cpu (2 cores),12e4567",
         "c-seed9,train.py --full-train --student s.pth,4,9,100000,,,0.9320,0.9300,,0.9300,9.0,cpu "
         "(2 cores),12e4567",
@@ -102,8 +103,17 @@ def test_rows_that_are_added_are_new_and_have_a_validation_accuracy(tmp_path, mo
     new.write_text("\n".join([before.strip(), *rows]))
     monkeypatch.setattr(tables, "RESULTS", results)
     tables.add(new)
-    assert results.read_text() == f"{before}{rows[0]}\n"  # digit for digit
+    assert results.read_text() == f"{before}{rows[0]}\n"  # digit for digit, each run once
     assert tables.results().commit.iloc[-1] == "12e4567"  # not a number
+
+
+def test_recommended_commands_are_written_as_runs_record_them(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for _, command, _ in tables.COMMANDS:
+        flags = command.split()[1:]
+        assert train.command(
+            train.parse(flags), length=1.0 if "--length" not in flags else 4.0
+        ) == (command)
 
 
 def test_the_unpruned_accuracy_of_a_fine_tuned_network_is_that_of_the_run_before():

@@ -95,19 +95,21 @@ def test_sizes_has_a_line_for_several_budgets_and_a_star_for_the_best_command(
         *(f"train.py --length 1,4,{seed},100000,0.9,0.92,0.92,0.95" for seed in (0, 1, 2)),
         "train.py --imagenet,4,0,100000,0.9,0.92,0.95,0.95",
         "train.py --stem 1,1,0,100000,0.9,0.92,0.95,0.96",
+        "train.py --image-size 56,4,0,100000,0.9,0.92,0.94,0.935",
         *(f"train.py --no-prune,2,{seed},11173962,0.9,0.94,," for seed in (0, 1)),
     ]
     header = "command,stem,seed,parameters,student_val,student_test,pruned_val,pruned_test"
     results.write_text("\n".join([header, *rows]))
     axes = plots.sizes(results, PUBLISHED).axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[:4] == [
+    assert labels[:5] == [
         "ours, stem of stride 4: 95.00% at 50,000, 1 seed, each pruned from the larger one",
         "ours, stem of stride 1: 96.00% at 100,000, 1 seed",
         "ours, unpruned, stem of stride 2: 94.00% at 11,173,962, 2 seeds",
+        "ours, stem of stride 4, images enlarged to 56 pixels: 93.50% at 100,000, 1 seed",
         "ours, stem of stride 4: 93.20% at 100,000, 3 seeds",
     ]
-    assert len(labels) == 4 + len(plots.KINDS)
+    assert len(labels) == 5 + len(plots.KINDS)
 
 
 def test_figures_of_the_first_release_are_hollow(tmp_path, monkeypatch):

@@ -81,6 +81,16 @@ def test_two_processes_follow_one_and_go_on_where_one_was_stopped(tiny, tmp_path
     assert checkpoint.load(path)[1]["parameters"] == 100_000
 
 
+def test_if_one_process_is_refused_the_others_end_in_one_line(tiny, tmp_path):
+    shrunk.write_images(tmp_path / "data")
+    folder = tmp_path / "runs" / "quick-seed0"
+    folder.mkdir(parents=True)
+    (folder / "pruned_resnet18.pth").touch()  # of an unknown run
+    ended = torchrun(tmp_path, 2)
+    assert ended.returncode != 0 and ended.stderr.count("has weights files, but no run.json") == 1
+    assert ended.stderr.count("train.py: cannot reach the other processes") == 1
+
+
 def test_batches_that_cannot_be_shared_are_refused(tiny, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "world_size", lambda: 3)
     assert train.main(tiny) == 2
